@@ -53,7 +53,7 @@ def merge(
         Literal["dequantized", "original", "nf4"],
         typer.Option(
             help="Weights that the adapter is added to. dequantized: the 4-bit weights in 16 bit, as in training; "
-            "original: the weights of a 16-bit --base; nf4: the 4-bit weights, quantized again."
+            "original: the weights of a --base that is not in 4 bit; nf4: the 4-bit weights, quantized again."
         ),
     ] = "dequantized",
     dtype: Annotated[
@@ -64,6 +64,9 @@ def merge(
     ] = "nf4",
     block_size: Annotated[int, typer.Option(help="Block size of the run's quantization, for a 16-bit base.")] = 64,
     double_quant: Annotated[bool, typer.Option(help="Double quantization of the run, for a 16-bit base.")] = True,
+    keep_format: Annotated[
+        bool, typer.Option("--keep-format", help="For an adapter of a run with model.keep_format.")
+    ] = False,
     error_feedback: Annotated[
         bool,
         typer.Option("--error-feedback", help="With --into nf4: carry each weight's rounding error to the next one."),
@@ -87,6 +90,7 @@ def merge(
         quant_type=quant_type,
         block_size=block_size,
         double_quant=double_quant,
+        keep_format=keep_format,
         error_feedback=error_feedback,
         file_bytes=parse_size(file_size),
     )

@@ -9,20 +9,26 @@ from typing import Any
 import torch
 
 from qlora_dist.errors import UserError
+from qlora_dist.formats.find_published import find_published_weights
+from qlora_dist.formats.published_entry import PublishedWeightEntry
 from qlora_dist.io.read_ahead import read_chunks
 from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry, read_safetensors_header
+from qlora_dist.layers.dequantize import WeightLayout
 from qlora_dist.nf4.quant_state import QuantizedWeightEntry, find_quantized_weights, is_part_of_quantized
+from qlora_dist.nf4.quantize import TORCH_DTYPES
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class ModelFolder:
-    """Configuration and tensors of a folder, with 4-bit weights apart from the other tensors.
+    """Configuration and tensors of a folder, with quantized weights apart from the other tensors.
 
     Attributes:
         config: content of config.json.
-        entries: tensors that are not part of a 4-bit weight, by name.
-        quantized: 4-bit weights, by name.
+        entries: tensors that are not part of a quantized weight, by name.
+        quantized: 4-bit weights of bitsandbytes, by name.
+        published: weights in a published format, by the name that a 16-bit folder has for them.
+        published_tensors: the tensors of these weights in the files, such as codes and scales, by name.
 
     Raises:
         UserError: the folder is damaged or incomplete, or its weights are of a kind that is not supported.
@@ -34,41 +40,67 @@ class ModelFolder:
             raise UserError(f"{self.path}: no such folder; give the folder of a Hugging Face model")
         self.config = read_model_json(self.path / "config.json")
         self._equal: dict[tuple[str, str], bool] = {}
-        method = (self.config.get("quantization_config") or {}).get("quant_method")
-        hint = _QUANT_METHOD_HINTS.get(str(method), "give a copy of the model in 16 bit, or in 4 bit of bitsandbytes")
-        if method not in (None, "bitsandbytes"):
-            raise UserError(f"{self.path}: is quantized with {method}, which is not supported; {hint}")
         entries = self._read_entries()
         with SafetensorsReader() as reader:
             self.quantized: dict[str, QuantizedWeightEntry] = find_quantized_weights(entries, reader)
         self.entries: dict[str, TensorEntry] = {
             name: entry for name, entry in entries.items() if not is_part_of_quantized(name, self.quantized)
         }
-        if method is not None and not self.quantized:
-            raise UserError(
-                f"{self.path}: is quantized with bitsandbytes, but not in 4 bit, which is not supported; {hint}"
-            )
+        self.published: dict[str, PublishedWeightEntry] = {}
+        self.published_tensors: dict[str, TensorEntry] = {}
+        quantization_config = self.config.get("quantization_config")
+        if quantization_config and not self.quantized:
+            found = find_published_weights(self.entries, quantization_config, self._dtype())
+            self.published = dict(found.weights)
+            self.published_tensors = {name: self.entries.pop(name) for name in found.tensors}
 
     @property
     def is_quantized(self) -> bool:
-        """Whether linear layers are in 4 bit."""
+        """Whether linear layers are in 4 bit of bitsandbytes."""
         return bool(self.quantized)
 
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors. A quantized weight counts as one."""
+        return [*self.entries, *self.quantized, *self.published]
+
+    def packed(self, name: str) -> QuantizedWeightEntry | PublishedWeightEntry | None:
+        """Return a quantized weight, which is read as the bytes of its vector; None for another tensor."""
+        return self.quantized.get(name) or self.published.get(name)
+
+    def packed_layout(self, name: str) -> WeightLayout | None:
+        """Return the layout of a quantized weight; None for another tensor."""
+        packed = self.packed(name)
+        return None if packed is None else packed.layout
+
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor, in 4 bit or not."""
-        return self.quantized[name].layout.shape if name in self.quantized else self.entries[name].shape
+        """Return the shape of a tensor, quantized or not."""
+        packed = self.packed(name)
+        return packed.layout.shape if packed is not None else self.entries[name].shape
+
+    def unquantized_format(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Return type and shape of a tensor's values, for a quantized weight after dequantization."""
+        packed = self.packed(name)
+        if packed is not None:
+            return TORCH_DTYPES[packed.layout.dtype], packed.layout.shape
+        return self.entries[name].dtype, self.entries[name].shape
+
+    def file_position(self, name: str) -> tuple[Path, int]:
+        """Return the file of a tensor and its first byte there."""
+        packed = self.packed(name)
+        entry = packed.first_tensor if packed is not None else self.entries[name]
+        return entry.path, entry.start
 
     def tensors_equal(self, one: str, other: str) -> bool:
-        """Return whether two tensors, in 4 bit or not, have equal bytes. They are read up to the first difference."""
+        """Return whether two tensors, quantized or not, have equal bytes. They are read up to the first difference."""
         pair = one, other
         if pair not in self._equal:
             self._equal[pair] = self._format(one) == self._format(other) and self._bytes_equal(one, other)
         return self._equal[pair]
 
     def _format(self, name: str) -> object:
-        if name in self.quantized:
-            return self.quantized[name].layout
-        return self.entries[name].shape, self.entries[name].dtype
+        packed = self.packed(name)
+        return packed.layout if packed is not None else (self.entries[name].shape, self.entries[name].dtype)
 
     def _bytes_equal(self, one: str, other: str) -> bool:
         with SafetensorsReader() as reader:
@@ -81,20 +113,21 @@ class ModelFolder:
         return True
 
     def nbytes(self, name: str) -> int:
-        """Return the bytes of a tensor in its file, or of the byte vector of a 4-bit weight."""
-        return self.quantized[name].layout.total_bytes if name in self.quantized else self.entries[name].nbytes
+        """Return the bytes of a tensor in its file, or of the byte vector of a quantized weight."""
+        packed = self.packed(name)
+        return packed.layout.total_bytes if packed is not None else self.entries[name].nbytes
 
     def read_range(self, name: str, reader: SafetensorsReader, out: torch.Tensor, start: int) -> None:
-        """Fill `out` (CPU) with these bytes from `start` on. `out` is uint8[n] for a 4-bit weight."""
-        if name in self.quantized:
-            self.quantized[name].read_range(reader, out, start)
+        """Fill `out` (CPU) with these bytes from `start` on. `out` is uint8[n] for a quantized weight."""
+        if (packed := self.packed(name)) is not None:
+            packed.read_range(reader, out, start)
         else:
             reader.read_into(out, self.entries[name], start)
 
     def missing_weight_error(self, name: str) -> UserError:
         """Return the error about a weight that config.json requires and the folder does not hold."""
         stem = name.removesuffix(".weight")
-        similar = (key for key in sorted([*self.entries, *self.quantized]) if key.startswith(stem))
+        similar = (key for key in sorted(self.names) if key.startswith(stem))
         nearest = next((key for key in similar if key != f"{stem}.bias"), None)
         if nearest is None:
             return UserError(f"{self.path}: the weight {name} is missing; get the folder anew")
@@ -102,6 +135,13 @@ class ModelFolder:
             f"{self.path}: the weight {name} is missing; {nearest} is there, which has an unsupported format; give a "
             "copy of the model in 16 bit"
         )
+
+    def _dtype(self) -> str:
+        """Return the type of the model in config.json, or of its text part."""
+        configs = (self.config, self.config.get("text_config") or {})
+        names = [config.get(key) for config in configs for key in ("dtype", "torch_dtype")]
+        name = next((str(name) for name in names if name), "bfloat16").removeprefix("torch.")
+        return name if name in TORCH_DTYPES else "bfloat16"
 
     def _read_entries(self) -> dict[str, TensorEntry]:
         if (self.path / _INDEX).exists():
@@ -132,13 +172,6 @@ class ModelFolder:
         if pickled:
             return f"{pickled[0]} is a pickle, which is never read; save the model as safetensors"
         return "give the folder of a Hugging Face model"
-
-
-_DEQUANTIZED = "load it with {config}(dequantize=True) of transformers, save it in 16 bit, and give that folder"
-_QUANT_METHOD_HINTS = {
-    "fp8": _DEQUANTIZED.format(config="FineGrainedFP8Config"),
-    "mxfp4": "give a copy of the model in bf16",
-}
 
 
 def read_model_json(path: Path) -> dict[str, Any]:

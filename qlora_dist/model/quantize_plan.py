@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from qlora_dist.model.meta_model import build_meta_model, causal_lm_on_meta
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantizable import (
     SourceMatrix,
+    WeightFormat,
     common_layout,
     has_tied_embeddings,
     quantizable_parameters,
@@ -130,8 +132,11 @@ def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> Quantiz
     """Decide on every tensor of a folder."""
     model = causal_lm_on_meta(folder, torch.bfloat16)
     measure_logit_scale(model)  # refuses a model that cannot be trained now, and not after hours
-    sources = find_weight_sources(model, folder.entries)
-    weights: dict[str, list[tuple[SourceMatrix, NF4Layout]]] = {name: [] for name in folder.entries}
+    sources = find_weight_sources(model, folder.names)
+    weights: dict[str, list[tuple[SourceMatrix, NF4Layout]]] = {name: [] for name in folder.names}
+    weight_format = WeightFormat(
+        quant_type=options.quant_type, block_size=options.block_size, double_quant=options.double_quant
+    )
     head_in_4_bit, loads_in_transformers = False, True
     for target in quantizable_parameters(model, embeddings=options.embeddings):
         if target.role != "layer":
@@ -140,9 +145,8 @@ def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> Quantiz
         plain = target.role == "layer" and not target.experts
         loads_in_transformers &= plain and not isinstance(model.get_submodule(target.module), FalconLinear)
         parts = source_matrices(target, sources, folder)
-        layout = common_layout(
-            parts, target, folder, options.quant_type, options.block_size, double_quant=options.double_quant
-        )
+        layout = common_layout(parts, target, folder, weight_format)
+        assert isinstance(layout, NF4Layout), "without keep_format"
         for matrix in parts:
             weights[matrix.key].append((matrix, layout))
     model_config = ModelConfig(
@@ -183,12 +187,12 @@ def _count(
     unquantized: Counter[str] = Counter()
     for name, parts in weights.items():
         if not parts and name in used:
-            unquantized[re.sub(r"\.\d+(?=\.|$)", ".*", name)] += torch.Size(folder.entries[name].shape).numel()
+            unquantized[re.sub(r"\.\d+(?=\.|$)", ".*", name)] += math.prod(folder.shape(name))
     quantized = sum(layout.numel for parts in weights.values() for _, layout in parts)
     return ParameterCounts(
         parameters=quantized + sum(unquantized.values()),
         quantized=quantized,
-        unquantized_embeddings=sum(torch.Size(folder.entries[name].shape).numel() for name in outside),
+        unquantized_embeddings=sum(math.prod(folder.shape(name)) for name in outside),
         unquantized=dict(unquantized),
-        unused=sum(torch.Size(folder.entries[name].shape).numel() for name in weights if name not in used),
+        unused=sum(math.prod(folder.shape(name)) for name in weights if name not in used),
     )

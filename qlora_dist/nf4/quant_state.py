@@ -39,6 +39,11 @@ class QuantizedWeightEntry:
     offset: float | None
     """Offset of the absmax values, which the file stores as a number in the JSON; None: no double quantization."""
 
+    @property
+    def first_tensor(self) -> TensorEntry:
+        """The codes' tensor."""
+        return self.parts[0][1]
+
     def read_range(self, reader: SafetensorsReader, out: torch.Tensor, start: int) -> None:
         """Fill `out: uint8[n]` (CPU) with bytes start .. start+n of the vector. No other bytes are read."""
         position, stop = start, start + out.numel()
