@@ -6,16 +6,24 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qlora_dist.errors import UserError
+from qlora_dist.formats.awq import find_awq_weights
+from qlora_dist.formats.bnb_int8 import find_bnb_int8_weights
+from qlora_dist.formats.compressed_integers import find_compressed_integers
 from qlora_dist.formats.folder_tensors import PublishedWeights
 from qlora_dist.formats.fp8 import find_fp8_weights
+from qlora_dist.formats.gptq import find_gptq_weights
 from qlora_dist.formats.mxfp4 import find_mxfp4_weights
 from qlora_dist.io.safetensors_file import TensorEntry
 
 _Finder = Callable[[Mapping[str, TensorEntry], Mapping[str, Any], str], PublishedWeights]
 
 _FINDERS: dict[str, _Finder] = {
+    "awq": find_awq_weights,
+    "bitsandbytes": find_bnb_int8_weights,
+    "compressed-tensors": find_compressed_integers,
     "fbgemm_fp8": find_fp8_weights,
     "fp8": find_fp8_weights,
+    "gptq": find_gptq_weights,
     "mxfp4": find_mxfp4_weights,
     "mxfp8": find_fp8_weights,
 }
