@@ -15,7 +15,8 @@ from qlora_dist.adapters.saved_adapter import LowRankUpdate, SavedAdapter, missi
 from qlora_dist.errors import UserError
 from qlora_dist.io.safetensors_file import TensorEntry, tensors_equal
 from qlora_dist.layers.embedding import vocab_weight_names
-from qlora_dist.model.meta_model import COMPUTE_DTYPES, causal_lm_on_meta
+from qlora_dist.model.meta_model import COMPUTE_DTYPES
+from qlora_dist.model.model_class import causal_lm_on_meta
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantizable import (
     QuantizableParameter,
