@@ -152,6 +152,11 @@ def _check_weights_present(model: nn.Module, sources: Mapping[str, WeightSource]
         elif len(shapes) > 1:  # one above the other
             equal_shapes = len({part[1:] for part in shapes}) == 1
             shape = (sum(rows for rows, *_ in shapes), *shape[1:])
+        if source.may_be_transposed and shape != tuple(parameter.shape):
+            raise UserError(
+                f"{folder.path}: {source.keys[0]} is transposed on loading, which is only done while it is quantized; "
+                "quantize the model"
+            )
         if not equal_shapes or shape != tuple(parameter.shape):
             raise UserError(
                 f"{folder.path}: {source.keys[0]} has the shape {shape} and config.json asks for "

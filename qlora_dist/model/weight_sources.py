@@ -15,6 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -34,6 +35,8 @@ class WeightSource:
     """Names in the folder. Stacked experts are listed expert by expert, each expert's matrices from top to bottom."""
     experts: int = 0
     """Number of experts whose matrices are separate tensors; 0: `keys` are concatenated along the rows."""
+    may_be_transposed: bool = False
+    """Whether transformers transposes the tensor of all experts if its shape is not the parameter's."""
 
 
 def expert_key(key: str, expert: int) -> str:
@@ -113,6 +116,9 @@ def _stacked_source(
         columns = [by_pattern[""]]
     else:
         converter = converter_of[next(iter(by_pattern))]
+        if [vars(operation) for operation in converter.operations] == [vars(Transpose(1, 2, check_dims=True))]:
+            ((key,),) = by_pattern.values()
+            return WeightSource((key,), may_be_transposed=True)
         kinds = [(type(operation), operation.dim) for operation in converter.operations if hasattr(operation, "dim")]
         expected = [(MergeModulelist, 0), (Concatenate, 1)]
         if len(converter.operations) != len(kinds) or kinds not in (expected, expected[:1], [(Concatenate, 0)]):
