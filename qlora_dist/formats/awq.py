@@ -64,8 +64,8 @@ class AwqLayout(PublishedLayout):
 
 def _unpack_awq(words: torch.Tensor) -> torch.Tensor:
     """Return the integers of int32[n, words], in the order of the weight's rows: uint8[n, 8 * words]."""
-    integers = unpack_integers(words, _BITS, _PER_WORD * words.shape[1]).unflatten(1, (-1, _PER_WORD))
-    return integers[:, :, _PLACES].flatten(1)
+    integers = unpack_integers(words, _BITS, _PER_WORD * words.shape[1])
+    return integers.view(len(words), -1, _PER_WORD)[:, :, _PLACES].flatten(1)
 
 
 def find_awq_weights(entries: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> PublishedWeights:

@@ -36,6 +36,8 @@ class QuantizeReport:
     read_bytes: int
     wait_s: float
     """Seconds spent waiting for the disk."""
+    towers: tuple[str, ...] = ()
+    """Parts of a multimodal model besides its language model, whose tensors were copied."""
     loads_in_transformers: bool = True
     """Whether plain transformers loads the folder."""
 
@@ -85,6 +87,7 @@ def quantize_folder(
         seconds=time.perf_counter() - started,
         read_bytes=reading.read_bytes,
         wait_s=reading.wait_s,
+        towers=plan.towers,
         loads_in_transformers=plan.loads_in_transformers,
     )
 
@@ -131,6 +134,8 @@ def print_quantize_report(report: QuantizeReport, console: Console) -> None:
         f"  not quantized: {name} ({count:,})"
         for name, count in sorted(counts.unquantized.items(), key=lambda item: -item[1])
     ]
+    if report.towers:
+        lines.append(f"  copied, because only text is trained: {', '.join(report.towers)} ({counts.towers:,})")
     if counts.unused:
         lines.append(f"  copied, but neither loaded by transformers nor trained: {counts.unused:,} elements")
     if not report.loads_in_transformers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,7 +20,8 @@ from qlora_dist.errors import UserError
 from qlora_dist.layers.embedding import check_vocab_class
 from qlora_dist.model.buffers import check_meta_buffers
 from qlora_dist.model.logit_scale import measure_logit_scale
-from qlora_dist.model.meta_model import build_meta_model, causal_lm_on_meta
+from qlora_dist.model.meta_model import build_meta_model
+from qlora_dist.model.model_class import keep_language_model, whole_model_on_meta
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantizable import (
     SourceMatrix,
@@ -29,7 +31,7 @@ from qlora_dist.model.quantizable import (
     quantizable_parameters,
     source_matrices,
 )
-from qlora_dist.model.weight_sources import find_weight_sources
+from qlora_dist.model.weight_sources import find_weight_sources, target_names
 from qlora_dist.nf4.nf4_layout import BLOCK_SIZES, NF4Layout, QuantType
 
 
@@ -102,6 +104,8 @@ class ParameterCounts:
     """Parameters of embeddings and output head that stay unquantized."""
     unquantized: dict[str, int]
     """Parameters of each tensor that is not quantized, by name without layer numbers."""
+    towers: int = 0
+    """Parameters of a multimodal model outside its language model. They are copied and count nowhere else."""
     unused: int = 0
     """Elements of tensors that transformers does not load, such as layers that predict further tokens. They are copied
     and do not count as parameters."""
@@ -119,8 +123,10 @@ class QuantizePlan:
     weights: dict[str, list[tuple[SourceMatrix, NF4Layout]]]
     """Matrices to quantize in each tensor, by the tensor's name; an empty list: the tensor is copied."""
     skip_modules: list[str]
-    """Linear layers outside the decoder that stay unquantized, by name in transformers' class."""
+    """Modules outside the decoder that stay unquantized, by name in transformers' class."""
     counts: ParameterCounts
+    towers: tuple[str, ...]
+    """Parts of a multimodal class besides its language model, whose tensors are copied."""
     unties_head: bool = False
     """Whether the folder holds an output head that differs from the embedding to which config.json ties it."""
     loads_in_transformers: bool = True
@@ -130,7 +136,9 @@ class QuantizePlan:
 
 def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> QuantizePlan:
     """Decide on every tensor of a folder."""
-    model = causal_lm_on_meta(folder, torch.bfloat16)
+    model = whole_model_on_meta(folder, torch.bfloat16)
+    targets = target_names(model, folder.names)
+    towers = keep_language_model(model, folder.path)
     measure_logit_scale(model)  # refuses a model that cannot be trained now, and not after hours
     sources = find_weight_sources(model, folder.names)
     weights: dict[str, list[tuple[SourceMatrix, NF4Layout]]] = {name: [] for name in folder.names}
@@ -170,20 +178,29 @@ def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> Quantiz
             weights.pop(key)
     outside = {key for key in outside if key in weights and not weights[key]}
     used = {key for source in sources.values() for key in source.keys}
+    in_towers = {key for key, name in targets.items() if key not in used and towers.holds(name)}
     published = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
     ties, tied = (getattr(c.get_text_config(), "tie_word_embeddings", False) for c in (published, model.config))
     return QuantizePlan(
         weights=weights,
-        skip_modules=[] if head_in_4_bit else sorted({head_name, "lm_head"}),
-        counts=_count(folder, weights, outside, used),
+        skip_modules=sorted({*towers.paths, *(() if head_in_4_bit else (head_name, "lm_head"))}),
+        counts=_count(folder, weights, outside, used, in_towers),
+        towers=towers.paths,
         unties_head=bool(ties and not tied),
         loads_in_transformers=loads_in_transformers,
     )
 
 
 def _count(
-    folder: ModelFolder, weights: dict[str, list[tuple[SourceMatrix, NF4Layout]]], outside: set[str], used: set[str]
+    folder: ModelFolder,
+    weights: dict[str, list[tuple[SourceMatrix, NF4Layout]]],
+    outside: set[str],
+    used: set[str],
+    in_towers: set[str],
 ) -> ParameterCounts:
+    def numel(names: Iterable[str]) -> int:
+        return sum(math.prod(folder.shape(name)) for name in names)
+
     unquantized: Counter[str] = Counter()
     for name, parts in weights.items():
         if not parts and name in used:
@@ -192,7 +209,8 @@ def _count(
     return ParameterCounts(
         parameters=quantized + sum(unquantized.values()),
         quantized=quantized,
-        unquantized_embeddings=sum(math.prod(folder.shape(name)) for name in outside),
+        unquantized_embeddings=numel(outside),
         unquantized=dict(unquantized),
-        unused=sum(math.prod(folder.shape(name)) for name in weights if name not in used),
+        towers=numel(in_towers),
+        unused=numel(weights.keys() - used - in_towers),
     )
