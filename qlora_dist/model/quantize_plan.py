@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -29,6 +30,7 @@ from qlora_dist.model.quantizable import (
     quantizable_parameters,
     source_matrices,
 )
+from qlora_dist.model.weight_reads import find_weight_reads
 from qlora_dist.model.weight_sources import find_weight_sources
 from qlora_dist.nf4.nf4_layout import BLOCK_SIZES, NF4Layout, QuantType
 
@@ -102,6 +104,8 @@ class ParameterCounts:
     """Parameters of embeddings and output head that stay unquantized."""
     unquantized: dict[str, int]
     """Parameters of each tensor that is not quantized, by name without layer numbers."""
+    embeddings: frozenset[str] = frozenset()
+    """Names in `unquantized` of embeddings and output head."""
     unused: int = 0
     """Elements of tensors that transformers does not load, such as layers that predict further tokens. They are copied
     and do not count as parameters."""
@@ -110,6 +114,12 @@ class ParameterCounts:
     def quantized_share(self) -> float:
         """Share of parameters in 4 bit, among those outside unquantized embeddings and output head."""
         return self.quantized / max(1, self.parameters - self.unquantized_embeddings)
+
+    @property
+    def largest_unquantized(self) -> list[str]:
+        """Names of the three largest tensors that lower `quantized_share`."""
+        others = Counter({name: count for name, count in self.unquantized.items() if name not in self.embeddings})
+        return [name for name, _ in others.most_common(3)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +131,10 @@ class QuantizePlan:
     skip_modules: list[str]
     """Linear layers outside the decoder that stay unquantized, by name in transformers' class."""
     counts: ParameterCounts
+    unused: tuple[str, ...] = ()
+    """The outermost modules whose tensors transformers does not load."""
+    without_adapter: tuple[str, ...] = ()
+    """Quantized layers whose weight the model's code reads itself, so that they get no adapter."""
     unties_head: bool = False
     """Whether the folder holds an output head that differs from the embedding to which config.json ties it."""
     loads_in_transformers: bool = True
@@ -138,10 +152,13 @@ def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> Quantiz
         quant_type=options.quant_type, block_size=options.block_size, double_quant=options.double_quant
     )
     head_in_4_bit, loads_in_transformers = False, True
+    reads, without_adapter = find_weight_reads(model), set()
     for target in quantizable_parameters(model, embeddings=options.embeddings):
         if target.role != "layer":
             check_vocab_class(model.get_submodule(target.module))
             head_in_4_bit |= target.role == "head"
+        elif target.module in reads:
+            without_adapter.add(_without_numbers(target.module))
         plain = target.role == "layer" and not target.experts
         loads_in_transformers &= plain and not isinstance(model.get_submodule(target.module), FalconLinear)
         parts = source_matrices(target, sources, folder)
@@ -170,12 +187,15 @@ def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> Quantiz
             weights.pop(key)
     outside = {key for key in outside if key in weights and not weights[key]}
     used = {key for source in sources.values() for key in source.keys}
+    buffers = {key for name, _ in model.named_buffers() if name in sources for key in sources[name].keys}
     published = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
     ties, tied = (getattr(c.get_text_config(), "tie_word_embeddings", False) for c in (published, model.config))
     return QuantizePlan(
         weights=weights,
         skip_modules=[] if head_in_4_bit else sorted({head_name, "lm_head"}),
-        counts=_count(folder, weights, outside, used),
+        counts=_count(folder, {name: parts for name, parts in weights.items() if name not in buffers}, outside, used),
+        unused=_outermost_unused(weights, used),
+        without_adapter=tuple(sorted(without_adapter)),
         unties_head=bool(ties and not tied),
         loads_in_transformers=loads_in_transformers,
     )
@@ -187,12 +207,28 @@ def _count(
     unquantized: Counter[str] = Counter()
     for name, parts in weights.items():
         if not parts and name in used:
-            unquantized[re.sub(r"\.\d+(?=\.|$)", ".*", name)] += math.prod(folder.shape(name))
+            unquantized[_without_numbers(name)] += math.prod(folder.shape(name))
     quantized = sum(layout.numel for parts in weights.values() for _, layout in parts)
     return ParameterCounts(
         parameters=quantized + sum(unquantized.values()),
         quantized=quantized,
         unquantized_embeddings=sum(math.prod(folder.shape(name)) for name in outside),
         unquantized=dict(unquantized),
+        embeddings=frozenset(_without_numbers(name) for name in outside),
         unused=sum(math.prod(folder.shape(name)) for name in weights if name not in used),
     )
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def _outermost_unused(names: Iterable[str], used: set[str]) -> tuple[str, ...]:
+    """Return the shortest prefixes of unused names that no used name has, such as `mtp` or `model.layers.61`."""
+    parents = {".".join(parts[:n]) for parts in (name.split(".") for name in used) for n in range(len(parts) + 1)}
+    found = {}
+    for parts in (name.split(".") for name in names if name not in used):
+        prefixes = (".".join(parts[: n + 1]) for n in range(len(parts)))
+        outermost = next(prefix for prefix in prefixes if prefix not in parents)
+        found[re.sub(r"\.\d+(?=\.)", ".*", outermost)] = None  # in the order of the folder
+    return tuple(found)
