@@ -8,11 +8,17 @@ from typing import Any
 from qlora_dist.errors import UserError
 from qlora_dist.formats.folder_tensors import PublishedWeights
 from qlora_dist.formats.fp8 import find_fp8_weights
+from qlora_dist.formats.mxfp4 import find_mxfp4_weights
 from qlora_dist.io.safetensors_file import TensorEntry
 
 _Finder = Callable[[Mapping[str, TensorEntry], Mapping[str, Any], str], PublishedWeights]
 
-_FINDERS: dict[str, _Finder] = {"fp8": find_fp8_weights, "mxfp8": find_fp8_weights, "fbgemm_fp8": find_fp8_weights}
+_FINDERS: dict[str, _Finder] = {
+    "fbgemm_fp8": find_fp8_weights,
+    "fp8": find_fp8_weights,
+    "mxfp4": find_mxfp4_weights,
+    "mxfp8": find_fp8_weights,
+}
 """Functions by quant_method. Their last argument is the type of the dequantized values."""
 
 

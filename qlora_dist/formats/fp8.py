@@ -57,7 +57,7 @@ class Fp8Layout(PublishedLayout):
 
     def decode(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         codes, scales = parts
-        scales = self._scale_rows(scale_values(scales))
+        scales = self._scale_rows(_scale_values(scales))
         height = self.block[0] if len(scales) > 1 else codes.shape[0]
 
         def decode_rows(rows: slice) -> torch.Tensor:
@@ -83,7 +83,7 @@ class Fp8Layout(PublishedLayout):
         return scales.repeat_interleave(width, dim=1)[:, :columns] if width < columns else scales
 
 
-def scale_values(scales: torch.Tensor) -> torch.Tensor:
+def _scale_values(scales: torch.Tensor) -> torch.Tensor:
     """Return scales in fp32. Bytes are exponents of 2, as `Fp8Dequantize` reads them."""
     return (scales.float() - 127.0).exp2() if scales.dtype == torch.uint8 else scales.float()
 

@@ -38,6 +38,7 @@ from qlora_dist.model.quantizable import (
 from qlora_dist.model.weight_reads import find_weight_reads
 from qlora_dist.model.weight_sources import WeightSource, find_weight_sources
 from qlora_dist.nf4.nf4_layout import NF4Layout
+from qlora_dist.nf4.quantize import TORCH_DTYPES
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -74,6 +75,8 @@ def build_meta_model(folder: ModelFolder, config: ModelConfig, *, quantize: bool
     reads = find_weight_reads(model)
     for target in list(quantizable_parameters(model, embeddings=True)):
         parts = source_matrices(target, sources, folder)
+        if config.keep_format and target.role == "layer" and not (target.experts or target.transposed):
+            _pack_unquantized(parts, folder)
         if not _is_quantized_layer(target, parts, folder, config, weight_format):
             continue  # embeddings that stay in 16 bit, or layers that the folder's quantizer skipped
         layout = common_layout(parts, target, folder, weight_format)
@@ -93,6 +96,13 @@ def build_meta_model(folder: ModelFolder, config: ModelConfig, *, quantize: bool
     model.__class__ = type(f"Loss{type(model).__name__}", (LossModel, type(model)), attributes)
     assert isinstance(model, LossModel)
     return model
+
+
+def _pack_unquantized(parts: Sequence[SourceMatrix], folder: ModelFolder) -> None:
+    """Let layers in 16 bit beside others in a published format be byte vectors too, so that they get adapters."""
+    for part in parts:
+        if folder.packed(part.name) is None and folder.entries[part.key].dtype in TORCH_DTYPES.values():
+            folder.pack_unquantized(part.key)
 
 
 def _is_quantized_layer(

@@ -12,6 +12,7 @@ import torch
 from qlora_dist.errors import UserError
 from qlora_dist.formats.find_published import find_published_weights
 from qlora_dist.formats.published_entry import PublishedWeightEntry
+from qlora_dist.formats.unquantized import unquantized_weight
 from qlora_dist.io.read_ahead import read_chunks
 from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry, read_safetensors_header
 from qlora_dist.layers.dequantize import WeightLayout
@@ -69,6 +70,10 @@ class ModelFolder:
     def packed(self, name: str) -> QuantizedWeightEntry | PublishedWeightEntry | None:
         """Return a quantized weight, which is read as the bytes of its vector; None for another tensor."""
         return self.quantized.get(name) or self.published.get(name)
+
+    def pack_unquantized(self, name: str) -> None:
+        """Treat a matrix in 16 or 32 bit as a weight in a published format from now on."""
+        self.published[name] = unquantized_weight(self.entries.pop(name))
 
     def packed_layout(self, name: str) -> WeightLayout | None:
         """Return the layout of a quantized weight; None for another tensor."""
