@@ -83,11 +83,7 @@ def quantize_folder(
             f"{partial}: cannot be written ({error.strerror}); mend that and run again, which resumes where it stopped"
         ) from None
     return QuantizeReport(
-        out=out,
-        plan=plan,
-        seconds=time.perf_counter() - started,
-        read_bytes=reading.read_bytes,
-        wait_s=reading.wait_s,
+        out=out, plan=plan, seconds=time.perf_counter() - started, read_bytes=reading.read_bytes, wait_s=reading.wait_s
     )
 
 
