@@ -24,6 +24,8 @@ class CompressedScheme:
     """Range that a scale covers: `tensor`, `channel`, `group`, `tensor_group` or `block`."""
     group_size: int | None
     is_symmetric: bool
+    block: tuple[int, int] | None
+    """Rows and columns of a block for the strategy `block`."""
 
 
 class CompressedSchemes:
@@ -87,6 +89,7 @@ class CompressedSchemes:
             strategy=str(weights.get("strategy") or inferred).lower(),
             group_size=size,
             is_symmetric=bool(weights.get("symmetric", True)),
+            block=_read_block(weights.get("block_structure")),
         )
         for target in group["targets"]:
             if target.startswith("re:"):
@@ -95,3 +98,11 @@ class CompressedSchemes:
                 self._classes.append(scheme)
             else:
                 self._names[target] = scheme
+
+
+def _read_block(block: Any) -> tuple[int, int] | None:
+    """Return rows and columns of a block, which may be given as "128x128"."""
+    if block is None:
+        return None
+    rows, columns = block.split("x") if isinstance(block, str) else block
+    return int(rows), int(columns)

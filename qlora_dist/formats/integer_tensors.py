@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import torch
-
 from qlora_dist.errors import UserError
-from qlora_dist.formats.folder_tensors import PublishedWeights, damaged_tensor_error, require_tensor
+from qlora_dist.formats.folder_tensors import PublishedWeights, damaged_tensor_error, format_tensor, require_tensor
 from qlora_dist.formats.published_entry import PublishedWeightEntry
 from qlora_dist.formats.published_layout import PublishedLayout
 from qlora_dist.io.safetensors_file import TensorEntry
@@ -72,8 +70,3 @@ def config_error(entries: Mapping[str, TensorEntry], problem: str) -> UserError:
     """Return the error about a `quantization_config` that is not supported."""
     folder = next(iter(entries.values())).path.parent
     return UserError(f"{folder / 'config.json'}: quantization_config {problem}; {IN_16_BIT}")
-
-
-def format_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
-    """Return type and shape of a tensor, such as int32[128, 16]."""
-    return f"{str(dtype).removeprefix('torch.')}{list(shape)}"

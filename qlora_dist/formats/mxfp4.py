@@ -9,7 +9,14 @@ from typing import Any
 import torch
 
 from qlora_dist.errors import UserError
-from qlora_dist.formats.folder_tensors import PublishedWeights, damaged_tensor_error, require_tensor, slice_expert
+from qlora_dist.formats.folder_tensors import (
+    PublishedWeights,
+    check_tensor,
+    damaged_tensor_error,
+    each_matrix,
+    require_tensor,
+    slice_expert,
+)
 from qlora_dist.formats.fp4 import FP4_VALUES, fp4_values
 from qlora_dist.formats.published_entry import PublishedWeightEntry
 from qlora_dist.formats.published_layout import LayoutPart, PublishedLayout
@@ -20,6 +27,7 @@ from qlora_dist.nf4.quantize import TORCH_DTYPES
 
 MXFP4_GROUP = 32
 """Weights of a row that share a scale."""
+_SCALE_DTYPES = (torch.uint8, torch.float8_e8m0fnu, torch.float32)
 _DOUBLED = tuple(2 * value for value in FP4_VALUES)
 
 
@@ -37,7 +45,7 @@ class Mxfp4Layout(PublishedLayout):
     code_dtype: torch.dtype = torch.uint8
     code_suffix: str = "_blocks"
     scale_dtype: torch.dtype = torch.uint8
-    """uint8, or float8_e8m0fnu, whose 255 is not a number."""
+    """uint8; float8_e8m0fnu, whose 255 is not a number; or float32, which holds the power itself."""
     scale_suffix: str = "_scales"
 
     @property
@@ -51,8 +59,9 @@ class Mxfp4Layout(PublishedLayout):
     def decode(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         codes, scales = parts
         dtype = TORCH_DTYPES[self.dtype]
-        # bf16 holds both factors exactly, and their product is rounded once. So it need not be computed in fp32.
-        computed = dtype if dtype == torch.bfloat16 else torch.float32
+        # bf16 holds a code and a power of two exactly, and their product is rounded once, as that of fp32 values.
+        exact = dtype == torch.bfloat16 and scales.dtype.itemsize == 1
+        computed = torch.bfloat16 if exact else torch.float32
 
         def decode_rows(rows: slice) -> torch.Tensor:
             groups = fp4_values(codes[rows], _DOUBLED).to(computed).view(-1, scales.shape[1], MXFP4_GROUP)
@@ -84,23 +93,17 @@ def find_mxfp4_weights(entries: Mapping[str, TensorEntry], config: Mapping[str, 
         if stem == name:
             _check_scales_have_blocks(entries, name)
             continue
-        if entry.dtype.is_floating_point and len(entry.shape) == 3:
+        if entry.dtype.is_floating_point:
             raise UserError(
                 f"{entry.path}: {name} is not in MXFP4; transformers saves a dequantized model so, but cannot load it; "
                 "give the folder from which the model was loaded, or a copy of the model in bf16"
             )
         scale_name = f"{stem}_scales"
         scale = require_tensor(entries, scale_name, name)
-        if entry.dtype != torch.uint8 or len(entry.shape) != 4 or entry.shape[-1] != MXFP4_GROUP // 2:
-            raise damaged_tensor_error(
-                entry, name, f"is {entry.dtype} of shape {list(entry.shape)}, not bytes of [experts, rows, groups, 16]"
-            )
-        if scale.dtype != torch.uint8 or scale.shape != entry.shape[:-1]:
-            raise damaged_tensor_error(
-                scale,
-                scale_name,
-                f"is {scale.dtype} of shape {list(scale.shape)}, not bytes of {list(entry.shape[:-1])}",
-            )
+        if len(entry.shape) != 4:
+            raise damaged_tensor_error(entry, name, f"has shape {list(entry.shape)}, not [experts, rows, groups, 16]")
+        check_tensor(entry, name, torch.uint8, (*entry.shape[:3], MXFP4_GROUP // 2))
+        check_tensor(scale, scale_name, torch.uint8, entry.shape[:3])
         tensors |= {name, scale_name}
         experts, rows, groups, _ = entry.shape
         layout = Mxfp4Layout(shape=(rows, groups * MXFP4_GROUP), dtype=dtype, code_shape=entry.shape[1:])
@@ -108,6 +111,38 @@ def find_mxfp4_weights(entries: Mapping[str, TensorEntry], config: Mapping[str, 
             parts = slice_expert(entry, expert), slice_expert(scale, expert)
             weights[expert_key(stem, expert)] = PublishedWeightEntry(layout, parts)
     return PublishedWeights(weights=weights, tensors=frozenset(tensors))
+
+
+def make_packed_mxfp4(
+    name: str, entry: TensorEntry, scale_name: str, scale: TensorEntry, dtype: str
+) -> dict[str, PublishedWeightEntry]:
+    """Return the weights in one tensor of codes, uint8 or int8[..., in_features / 2], by name.
+
+    DeepSeek-V4 stores experts so, and compressed-tensors all weights. `name` and `entry` are the codes.
+
+    Raises:
+        UserError: the scales have an unsupported type or shape.
+    """
+    stem = name.removesuffix(".weight").removesuffix(".weight_packed")
+    weight_name = name.removesuffix("_packed")
+    weights = {}
+    for matrix, (codes, scales) in each_matrix(weight_name, entry, scale):
+        rows, half = codes.shape
+        kind = scale.dtype if scale.dtype in _SCALE_DTYPES else torch.uint8
+        check_tensor(scales, scale_name, kind, (rows, 2 * half // MXFP4_GROUP))
+        if 2 * half % MXFP4_GROUP:
+            raise damaged_tensor_error(entry, name, f"has {2 * half} columns in groups of {MXFP4_GROUP}")
+        layout = Mxfp4Layout(
+            shape=(rows, 2 * half),
+            dtype=dtype,
+            code_shape=codes.shape,
+            code_dtype=entry.dtype,
+            code_suffix=name[len(stem) :],
+            scale_dtype=scale.dtype,
+            scale_suffix=scale_name[len(stem) :],
+        )
+        weights[matrix] = PublishedWeightEntry(layout, (codes, scales))
+    return weights
 
 
 def _check_scales_have_blocks(entries: Mapping[str, TensorEntry], name: str) -> None:
