@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
+
 from qlora_dist.errors import UserError
 from qlora_dist.formats.folder_tensors import PublishedWeights, damaged_tensor_error, format_tensor, require_tensor
 from qlora_dist.formats.published_entry import PublishedWeightEntry
