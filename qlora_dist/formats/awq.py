@@ -32,13 +32,14 @@ _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 class AwqLayout(PublishedLayout):
     """AWQ weight: `qweight` [in_features, out_features / 8], with scales and zero points for groups of columns.
 
-    The value of a weight is (code - zero point) * scale, computed in the scales' type, which is `dtype`. The files have
-    no rows of the weight, so it is read and decoded as a whole.
+    The value of a weight is (code - zero point) * scale, computed in the scales' type and rounded to `dtype`. The
+    files have no rows of the weight, so it is read and decoded as a whole.
 
     Source: `dequantize_gemm` in AutoAWQ 0.2's `awq/utils/packing_utils.py`.
     """
 
     groups: int = 1
+    scale_dtype: torch.dtype = torch.float16
 
     @property
     def parts(self) -> tuple[LayoutPart, ...]:
@@ -47,7 +48,7 @@ class AwqLayout(PublishedLayout):
         return (
             LayoutPart(suffix=".qweight", dtype=torch.int32, shape=(columns, words), weight_rows=0),
             LayoutPart(suffix=".qzeros", dtype=torch.int32, shape=(self.groups, words), weight_rows=0),
-            LayoutPart(suffix=".scales", dtype=TORCH_DTYPES[self.dtype], shape=(self.groups, rows), weight_rows=0),
+            LayoutPart(suffix=".scales", dtype=self.scale_dtype, shape=(self.groups, rows), weight_rows=0),
         )
 
     def decode(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -58,7 +59,7 @@ class AwqLayout(PublishedLayout):
             codes, zeros = (_unpack_awq(tensor[:, in_words]) for tensor in (words, zero_words))
             return apply_scales(codes.t(), scales[:, rows].t(), zeros.t())
 
-        out = torch.empty(self.shape, dtype=scales.dtype, device=words.device)
+        out = torch.empty(self.shape, dtype=TORCH_DTYPES[self.dtype], device=words.device)
         return decode_in_pieces(decode_rows, out, row_unit=_PER_WORD)
 
 
@@ -68,7 +69,7 @@ def _unpack_awq(words: torch.Tensor) -> torch.Tensor:
     return integers[:, :, _PLACES].flatten(1)
 
 
-def find_awq_weights(entries: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> PublishedWeights:
+def find_awq_weights(entries: Mapping[str, TensorEntry], config: Mapping[str, Any], dtype: str) -> PublishedWeights:
     """Find the weights of AWQ. `config` gives the layout and the number of bits.
 
     Raises:
@@ -93,7 +94,10 @@ def find_awq_weights(entries: Mapping[str, TensorEntry], config: Mapping[str, An
         if columns % groups:
             raise damaged_tensor_error(scales, f"{stem}.scales", f"has {groups} groups for {columns} columns")
         layout = AwqLayout(
-            shape=(words * _PER_WORD, columns), dtype=scale_dtype(scales, f"{stem}.scales"), groups=groups
+            shape=(words * _PER_WORD, columns),
+            dtype=dtype,
+            groups=groups,
+            scale_dtype=scale_dtype(scales, f"{stem}.scales"),
         )
         weights[f"{stem}.weight"] = make_integer_entry(entries, stem, layout)
     return collect_weights(entries, weights)
