@@ -22,8 +22,8 @@ from qlora_dist.formats.row_pieces import decode_in_pieces
 from qlora_dist.io.safetensors_file import TensorEntry
 from qlora_dist.nf4.quantize import TORCH_DTYPES
 
-_BITS = 4
-_PER_WORD = WORD_BITS // _BITS
+_AWQ_BITS = 4
+_PER_WORD = WORD_BITS // _AWQ_BITS
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Place in a word of each of its integers."""
 
@@ -44,7 +44,7 @@ class AwqLayout(PublishedLayout):
     @property
     def parts(self) -> tuple[LayoutPart, ...]:
         rows, columns = self.shape
-        words = packed_words(rows, _BITS)
+        words = packed_words(rows, _AWQ_BITS)
         return (
             LayoutPart(suffix=".qweight", dtype=torch.int32, shape=(columns, words), weight_rows=0),
             LayoutPart(suffix=".qzeros", dtype=torch.int32, shape=(self.groups, words), weight_rows=0),
@@ -65,8 +65,9 @@ class AwqLayout(PublishedLayout):
 
 def _unpack_awq(words: torch.Tensor) -> torch.Tensor:
     """Return the integers of int32[n, words], in the order of the weight's rows: uint8[n, 8 * words]."""
-    integers = unpack_integers(words, _BITS, _PER_WORD * words.shape[1]).unflatten(1, (-1, _PER_WORD))
-    return integers[:, :, _PLACES].flatten(1)
+    integers = unpack_integers(words, _AWQ_BITS, _PER_WORD * words.shape[1]).unflatten(1, (-1, _PER_WORD))
+    in_order: torch.Tensor = integers[:, :, _PLACES].flatten(1)
+    return in_order
 
 
 def find_awq_weights(entries: Mapping[str, TensorEntry], config: Mapping[str, Any], dtype: str) -> PublishedWeights:
@@ -77,8 +78,8 @@ def find_awq_weights(entries: Mapping[str, TensorEntry], config: Mapping[str, An
             shapes.
     """
     version = str(config.get("version") or config.get("format") or "gemm").lower()
-    bits = config.get("bits", config.get("w_bit", _BITS))
-    if version != "gemm" or bits != _BITS:
+    bits = config.get("bits", config.get("w_bit", _AWQ_BITS))
+    if version != "gemm" or bits != _AWQ_BITS:
         raise config_error(
             entries,
             f"describes AWQ in {bits} bit of the layout '{version}', of which only 4 bit of 'gemm' is supported",

@@ -102,8 +102,9 @@ class CompressedIntegerLayout(PublishedLayout):
 
     def _unpack(self, words: torch.Tensor, count: int) -> torch.Tensor:
         """Return int8[rows, count]. Signed integers are packed after 2 ** (bits - 1) is added."""
-        # uint8 wraps around, so its bytes are those of int8
-        return (unpack_integers(words, self.bits, count) - 2 ** (self.bits - 1)).view(torch.int8)
+        # uint8 wraps around, so its bytes are right for int8
+        codes: torch.Tensor = unpack_integers(words, self.bits, count) - 2 ** (self.bits - 1)
+        return codes.view(torch.int8)
 
     def _group_index(self, index: torch.Tensor) -> torch.Tensor:
         """Return the group of each column; where -1 is stored, groups are equal ranges of columns."""

@@ -22,7 +22,7 @@ from qlora_dist.formats.row_pieces import decode_in_pieces
 from qlora_dist.io.safetensors_file import TensorEntry
 from qlora_dist.nf4.quantize import TORCH_DTYPES
 
-_BITS = (2, 3, 4, 8)
+_GPTQ_BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ def find_gptq_weights(entries: Mapping[str, TensorEntry], config: Mapping[str, A
     version = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
     if version not in ("gptq", "gptq_v2") or config.get("is_marlin_format"):
         raise config_error(entries, f"describes GPTQ in the format '{version}', which is arranged for one kernel")
-    if config.get("bits") not in _BITS:
+    if config.get("bits") not in _GPTQ_BITS:
         raise config_error(entries, f"describes GPTQ in {config.get('bits')} bit, which is not supported")
     weights = {}
     for name, entry in entries.items():
@@ -107,7 +107,7 @@ def _find_layout(
     if index is not None and len(index.shape) == 1:
         columns = index.shape[0]
         if config.get("dynamic"):  # modules may have their own number of bits
-            bits = next((n for n in _BITS if packed_words(columns, n) == length), bits)
+            bits = next((n for n in _GPTQ_BITS if packed_words(columns, n) == length), bits)
     elif columns % groups:
         raise damaged_tensor_error(scales, f"{stem}.scales", f"has {groups} groups for {columns} columns")
     return GptqLayout(

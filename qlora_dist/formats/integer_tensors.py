@@ -36,7 +36,7 @@ def make_integer_entry(entries: Mapping[str, TensorEntry], stem: str, layout: Pu
 def collect_weights(
     entries: Mapping[str, TensorEntry], weights: Mapping[str, PublishedWeightEntry], others: Iterable[str] = ()
 ) -> PublishedWeights:
-    """Return the weights, `....weight` by name, with their tensors and those of `others` that the folder holds."""
+    """Return the weights, `....weight` by name, and the names of their tensors and of `others` in the folder."""
     stems = ((name.removesuffix(".weight"), weight.layout) for name, weight in weights.items())
     parts = {stem + part.suffix for stem, layout in stems for part in layout.parts}
     return PublishedWeights(weights=weights, tensors=frozenset(parts | (set(others) & entries.keys())))
