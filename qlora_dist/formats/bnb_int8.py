@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,16 +14,16 @@ from qlora_dist.formats.folder_tensors import PublishedWeights
 from qlora_dist.formats.integer_tensors import IN_16_BIT, collect_weights, make_integer_entry, matrix_shape
 from qlora_dist.formats.published_layout import LayoutPart, PublishedLayout
 from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry
+from qlora_dist.nf4.quantize import TORCH_DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
 class BnbInt8Layout(PublishedLayout):
     """Codes int8[out_features, in_features], and the largest absolute value of each row, which stands for 127.
 
-    The value of a weight is code * SCB / 127 in fp32, as `bitsandbytes.functional.int8_vectorwise_dequant` gives it.
+    The value of a weight is code * SCB / 127, as `bitsandbytes.functional.int8_vectorwise_dequant` gives it in fp32,
+    rounded to `dtype`.
     """
-
-    dtype: str = "float32"
 
     @property
     def parts(self) -> tuple[LayoutPart, ...]:
@@ -34,11 +35,13 @@ class BnbInt8Layout(PublishedLayout):
     def decode(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         codes, scales = parts
         weight: torch.Tensor = bnb.int8_vectorwise_dequant(codes, scales)
-        return weight
+        return weight.to(TORCH_DTYPES[self.dtype])
 
 
-def find_bnb_int8_weights(entries: Mapping[str, TensorEntry]) -> PublishedWeights:
-    """Find the weights in 8 bit of bitsandbytes. A folder with weights in 4 bit may have some too.
+def find_bnb_int8_weights(
+    entries: Mapping[str, TensorEntry], config: Mapping[str, Any], dtype: str
+) -> PublishedWeights:
+    """Find the weights in 8 bit of bitsandbytes: those whose type is int8. A folder in 4 bit may have some too.
 
     Raises:
         UserError: tensors of a weight are missing, have other shapes, or are arranged for an old kernel.
@@ -49,7 +52,9 @@ def find_bnb_int8_weights(entries: Mapping[str, TensorEntry]) -> PublishedWeight
             stem, _, tensor = name.rpartition(".")
             if tensor != "weight" or entry.dtype != torch.int8:
                 continue
-            weights[name] = make_integer_entry(entries, stem, BnbInt8Layout(shape=matrix_shape(entry, name)))
+            weights[name] = make_integer_entry(
+                entries, stem, BnbInt8Layout(shape=matrix_shape(entry, name), dtype=dtype)
+            )
             order_name = f"{stem}.weight_format"
             if order_name not in entries:
                 continue

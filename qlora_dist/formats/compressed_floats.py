@@ -15,7 +15,6 @@ from qlora_dist.formats.mxfp4 import make_packed_mxfp4
 from qlora_dist.formats.nvfp4 import make_nvfp4
 from qlora_dist.formats.published_entry import PublishedWeightEntry
 from qlora_dist.io.safetensors_file import TensorEntry
-from qlora_dist.nf4.quantize import TORCH_DTYPES
 
 _FP8_FORMATS = ("float-quantized", "naive-quantized", "mxfp8-quantized")
 _IGNORED = (*INPUT_SCALES, ".input_global_scale", ".output_scale", ".q_scale")
@@ -58,16 +57,15 @@ def _make_weights(
     scale = require_tensor(entries, scale_name, name)
     if scheme.format in _FP8_FORMATS and entry.dtype in FP8_DTYPES:
         block = (1, scheme.group_size) if scheme.strategy == "group" and scheme.group_size else scheme.block
-        # compressed-tensors computes in the type of the scales. It reads scales in bytes as bf16.
-        computed = torch.bfloat16 if scale.dtype == torch.uint8 else scale.dtype
-        names = {torch_dtype: text for text, torch_dtype in TORCH_DTYPES.items() if torch_dtype != torch.float32}
-        return make_fp8(name, entry, scale_name, scale, block, names.get(computed, dtype)), {name, scale_name}
+        # compressed-tensors reads exponents in bytes as bf16
+        product_dtype = torch.bfloat16 if scale.dtype == torch.uint8 else scale.dtype
+        found = make_fp8(name, entry, scale_name, scale, block, dtype, product_dtype=product_dtype)
+        return found, {name, scale_name}
     if scheme.format == "mxfp4-pack-quantized" and entry.dtype == torch.uint8:
-        # compressed-tensors computes FP4 in bf16, whatever the type of the model is
-        return make_packed_mxfp4(name, entry, scale_name, scale, "bfloat16"), {name, scale_name}
+        return make_packed_mxfp4(name, entry, scale_name, scale, dtype), {name, scale_name}
     if scheme.format == "nvfp4-pack-quantized" and entry.dtype == torch.uint8:
         whole = require_tensor(entries, whole_name, name)
-        weight = make_nvfp4(name, (entry, scale, whole), "bfloat16")
+        weight = make_nvfp4(name, (entry, scale, whole), dtype)
         return {f"{stem}.weight": weight}, {name, scale_name, whole_name}
     raise _unsupported_error(entry, name, scheme, f"as {str(entry.dtype).removeprefix('torch.')}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ _ACTIVATION_SUFFIXES = tuple(
 class CompressedIntegerLayout(PublishedLayout):
     """Integers of up to 8 bits with a scale for each group of columns, each row, or the whole weight.
 
-    The value of a weight is (code - zero point) * scale, computed in the scales' type, which is `dtype`.
+    The value of a weight is (code - zero point) * scale, computed in the scales' type and rounded to `dtype`.
 
     Source: `compressed_tensors.compressors.PackedQuantizationCompressor.decompress`, and
     `NaiveQuantizationCompressor.decompress` for codes that are not packed.
@@ -39,6 +39,7 @@ class CompressedIntegerLayout(PublishedLayout):
     bits: int = 4
     is_packed: bool = True
     """Whether the codes are packed along the columns, in `weight_packed`. Else `weight` is int8."""
+    scale_dtype: torch.dtype = torch.bfloat16
     scale_shape: tuple[int, ...] = ()
     """Shape of the scales: [out_features, groups], or any shape of one element."""
     zero_dtype: torch.dtype | None = None
@@ -63,9 +64,7 @@ class CompressedIntegerLayout(PublishedLayout):
                 shape=code_shape,
                 weight_rows=weight_rows,
             ),
-            LayoutPart(
-                suffix=".weight_scale", dtype=TORCH_DTYPES[self.dtype], shape=self.scale_shape, weight_rows=per_row
-            ),
+            LayoutPart(suffix=".weight_scale", dtype=self.scale_dtype, shape=self.scale_shape, weight_rows=per_row),
         ]
         if self.zero_dtype is not None:
             shape = (packed_words(rows, self.bits), *self.scale_shape[1:]) if self.is_zero_packed else self.scale_shape
@@ -98,14 +97,14 @@ class CompressedIntegerLayout(PublishedLayout):
                 values, scales[scale_rows], zeros[scale_rows] if zeros is not None else None, group_index
             )
 
-        out = torch.empty(len(codes), self.shape[1], dtype=scales.dtype, device=codes.device)
+        out = torch.empty(len(codes), self.shape[1], dtype=TORCH_DTYPES[self.dtype], device=codes.device)
         return decode_in_pieces(decode_rows, out)
 
     def _unpack(self, words: torch.Tensor, count: int) -> torch.Tensor:
         """Return int8[rows, count]. Signed integers are packed after 2 ** (bits - 1) is added."""
-        # uint8 wraps around, so its bytes are those of int8
-        integers: torch.Tensor = unpack_integers(words, self.bits, count) - 2 ** (self.bits - 1)
-        return integers.view(torch.int8)
+        # uint8 wraps around, so its bytes are right for int8
+        codes: torch.Tensor = unpack_integers(words, self.bits, count) - 2 ** (self.bits - 1)
+        return codes.view(torch.int8)
 
     def _group_index(self, index: torch.Tensor) -> torch.Tensor:
         """Return the group of each column; where -1 is stored, groups are equal ranges of columns."""
@@ -114,7 +113,9 @@ class CompressedIntegerLayout(PublishedLayout):
         return torch.where((index >= 0).all(), index, ranges)
 
 
-def find_compressed_integers(entries: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> PublishedWeights:
+def find_compressed_integers(
+    entries: Mapping[str, TensorEntry], config: Mapping[str, Any], dtype: str
+) -> PublishedWeights:
     """Find the integer weights of compressed-tensors. Weights whose group has another type are left out.
 
     Raises:
@@ -130,7 +131,8 @@ def find_compressed_integers(entries: Mapping[str, TensorEntry], config: Mapping
         if scheme is None:
             raise damaged_tensor_error(entry, name, "belongs to no group of quantization_config in config.json")
         if scheme.type == "int":
-            weights[f"{stem}.weight"] = make_integer_entry(entries, stem, _find_layout(entries, stem, name, scheme))
+            layout = replace(_find_layout(entries, stem, name, scheme), dtype=dtype)
+            weights[f"{stem}.weight"] = make_integer_entry(entries, stem, layout)
     others = {name + end for name in weights for end in ("_shape", "_g_idx")}
     others |= {name for name in entries if name.endswith(_ACTIVATION_SUFFIXES)}
     return collect_weights(entries, weights, others)
@@ -170,9 +172,9 @@ def _find_layout(
     is_zero_packed = is_packed and not scheme.is_symmetric and scheme.strategy != "tensor"
     return CompressedIntegerLayout(
         shape=(rows, columns),
-        dtype=scale_dtype(scale, scale_name),
         bits=scheme.bits,
         is_packed=is_packed,
+        scale_dtype=scale_dtype(scale, scale_name),
         scale_shape=scale_shape,
         zero_dtype=None if zero is None else torch.int32 if is_zero_packed else zero.dtype,
         is_zero_packed=is_zero_packed,

@@ -31,9 +31,9 @@ class CompressedScheme:
 class CompressedSchemes:
     """Schemes of a folder, by module. `config` is `quantization_config` of config.json, which lies at `path`.
 
-    A module belongs to the group with its name, else to one with a pattern (`re:...`) that matches it, else to one with
-    the name of a class, as in `compressed_tensors.utils.match.match_targets`. Classes are not known here, so each class
-    matches. `ignore` is not read, because an ignored module has no quantized tensors.
+    A module belongs to the group with its name, else to one with a pattern (`re:...`) that matches it. The last choice
+    is a group with the name of a class, as in `compressed_tensors.utils.match.match_targets`. Classes are not known
+    here, so each class matches. `ignore` is not read, because an ignored module has no quantized tensors.
 
     Raises:
         UserError: the configuration has no groups, or a group is damaged.

@@ -37,8 +37,7 @@ def find_published_weights(
     Args:
         entries: all tensors of a folder by name, at least one.
         quantization_config: the object of this name in config.json.
-        dtype: type of the model ('bfloat16', 'float16', 'float32'), to which the dequantized values are rounded. Where
-            a library computes in the type of the scales, the values are of that type.
+        dtype: type of the model ('bfloat16', 'float16', 'float32'), to which the dequantized values are rounded.
 
     Raises:
         UserError: the format is not supported, or tensors of a weight are missing or have other shapes.
@@ -54,7 +53,7 @@ def _find_compressed(entries: Mapping[str, TensorEntry], config: Mapping[str, An
     """Find the weights of compressed-tensors. Groups of one folder may have several formats."""
     if (config.get("transform_config") or {}).get("config_groups"):
         raise _unsupported_error(entries, "is quantized with compressed-tensors after a rotation of its weights")
-    integers = find_compressed_integers(entries, config)
+    integers = find_compressed_integers(entries, config, dtype)
     floats = find_compressed_floats(entries, config, dtype)
     found = PublishedWeights(weights={**integers.weights, **floats.weights}, tensors=integers.tensors | floats.tensors)
     return _check_complete(entries, found)
@@ -66,7 +65,7 @@ def _find_modelopt(entries: Mapping[str, TensorEntry], config: Mapping[str, Any]
 
 def _find_bitsandbytes(entries: Mapping[str, TensorEntry], config: Mapping[str, Any], dtype: str) -> PublishedWeights:
     """Find the weights in 8 bit. The caller finds those in 4 bit."""
-    found = find_bnb_int8_weights(entries)
+    found = find_bnb_int8_weights(entries, config, dtype)
     if not found.weights:
         raise _unsupported_error(entries, "is quantized with bitsandbytes, but has no weights in 4 or 8 bit of it")
     return found
@@ -89,12 +88,12 @@ def _unsupported_error(entries: Mapping[str, TensorEntry], what: str) -> UserErr
 
 
 _FINDERS: dict[str, Callable[[Mapping[str, TensorEntry], Mapping[str, Any], str], PublishedWeights]] = {
-    "awq": lambda entries, config, dtype: find_awq_weights(entries, config),
+    "awq": find_awq_weights,
     "bitsandbytes": _find_bitsandbytes,
     "compressed-tensors": _find_compressed,
     "fbgemm_fp8": find_fp8_weights,
     "fp8": find_fp8_weights,
-    "gptq": lambda entries, config, dtype: find_gptq_weights(entries, config),
+    "gptq": find_gptq_weights,
     "modelopt": _find_modelopt,
     "mxfp4": find_mxfp4_weights,
     "mxfp8": find_fp8_weights,

@@ -37,10 +37,12 @@ INPUT_SCALES = (".input_scale", "activation_scale", ".qscale_act", ".input_scale
 class Fp8Layout(PublishedLayout):
     """Codes in FP8, [out_features, in_features], and scales of equal blocks.
 
-    The value of a weight is code * scale, computed in fp32 and rounded to `dtype`.
+    The value of a weight is code * scale, computed in fp32 and rounded to `product_dtype` and to `dtype`.
 
     Source: `transformers.integrations.finegrained_fp8.Fp8Dequantize`. It requires that the blocks divide the shape,
     whereas the last blocks may be smaller here, as DeepSeek's own `weight_dequant` allows.
+    `compressed_tensors.compressors.NaiveQuantizationCompressor.decompress` rounds the product to the type of the
+    scales.
     """
 
     code_dtype: torch.dtype = torch.float8_e4m3fn
@@ -49,6 +51,7 @@ class Fp8Layout(PublishedLayout):
     scale_shape: tuple[int, ...] = ()
     block: tuple[int, int] = (128, 128)
     """Rows and columns of a block."""
+    product_dtype: torch.dtype = torch.float32
     code_suffix: str = ".weight"
     scale_suffix: str = ".weight_scale_inv"
 
@@ -70,12 +73,14 @@ class Fp8Layout(PublishedLayout):
         def decode_rows(rows: slice) -> torch.Tensor:
             weight = _code_values(codes[rows])
             if len(scales) == 1:
-                return weight.mul_(scales)
-            row_scales = scales[rows.start // height : -(-rows.stop // height)]
-            if len(weight) % height:
-                return weight.mul_(row_scales.repeat_interleave(height, dim=0)[: len(weight)])
-            weight.view(-1, height, weight.shape[1]).mul_(row_scales.unsqueeze(1))
-            return weight
+                weight.mul_(scales)
+            else:
+                row_scales = scales[rows.start // height : -(-rows.stop // height)]
+                if len(weight) % height:
+                    weight.mul_(row_scales.repeat_interleave(height, dim=0)[: len(weight)])
+                else:
+                    weight.view(-1, height, weight.shape[1]).mul_(row_scales.unsqueeze(1))
+            return weight.to(self.product_dtype)
 
         out = torch.empty(codes.shape, dtype=TORCH_DTYPES[self.dtype], device=codes.device)
         return decode_in_pieces(decode_rows, out, row_unit=height if len(scales) > 1 else 1)
@@ -145,7 +150,14 @@ def find_scale_name(entries: Mapping[str, TensorEntry], name: str) -> str:
 
 
 def make_fp8(
-    name: str, entry: TensorEntry, scale_name: str, scale: TensorEntry, block: Sequence[int] | None, dtype: str
+    name: str,
+    entry: TensorEntry,
+    scale_name: str,
+    scale: TensorEntry,
+    block: Sequence[int] | None,
+    dtype: str,
+    *,
+    product_dtype: torch.dtype = torch.float32,
 ) -> dict[str, PublishedWeightEntry]:
     """Return the weights in one tensor of FP8 codes, by name.
 
@@ -156,6 +168,7 @@ def make_fp8(
         scale: the scales.
         block: rows and columns of a block; None: the scales divide a matrix evenly.
         dtype: type of the dequantized values.
+        product_dtype: type to which they are rounded before.
 
     Raises:
         UserError: the scales have an unsupported type or shape.
@@ -173,6 +186,7 @@ def make_fp8(
             code_dtype=entry.dtype,
             scale_dtype=scale.dtype,
             scale_shape=parts[1].shape,
+            product_dtype=product_dtype,
             block=_find_block(name, parts[0], parts[1], block),
             code_suffix=name[stem_length:],
             scale_suffix=scale_name[stem_length:],

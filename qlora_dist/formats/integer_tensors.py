@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import torch
+
 from qlora_dist.errors import UserError
 from qlora_dist.formats.folder_tensors import PublishedWeights, damaged_tensor_error, format_tensor, require_tensor
 from qlora_dist.formats.published_entry import PublishedWeightEntry
@@ -12,7 +14,6 @@ from qlora_dist.io.safetensors_file import TensorEntry
 from qlora_dist.nf4.quantize import TORCH_DTYPES
 
 IN_16_BIT = "give a copy of the model in 16 bit"
-_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def make_integer_entry(entries: Mapping[str, TensorEntry], stem: str, layout: PublishedLayout) -> PublishedWeightEntry:
@@ -35,7 +36,7 @@ def make_integer_entry(entries: Mapping[str, TensorEntry], stem: str, layout: Pu
 def collect_weights(
     entries: Mapping[str, TensorEntry], weights: Mapping[str, PublishedWeightEntry], others: Iterable[str] = ()
 ) -> PublishedWeights:
-    """Return the weights, `....weight` by name, with their tensors and those of `others` that the folder holds."""
+    """Return the weights, `....weight` by name, and the names of their tensors and of `others` in the folder."""
     stems = ((name.removesuffix(".weight"), weight.layout) for name, weight in weights.items())
     parts = {stem + part.suffix for stem, layout in stems for part in layout.parts}
     return PublishedWeights(weights=weights, tensors=frozenset(parts | (set(others) & entries.keys())))
@@ -53,18 +54,18 @@ def matrix_shape(entry: TensorEntry, name: str) -> tuple[int, int]:
     return rows, columns
 
 
-def scale_dtype(entry: TensorEntry, name: str) -> str:
-    """Return the name of the type of scales, which is that of the dequantized values.
+def scale_dtype(entry: TensorEntry, name: str) -> torch.dtype:
+    """Return the type of scales, in which weights are dequantized.
 
     Raises:
         UserError: it is not a floating type of 16 or 32 bits.
     """
-    if entry.dtype not in _DTYPE_NAMES:
+    if entry.dtype not in TORCH_DTYPES.values():
         raise UserError(
             f"{entry.path}: {name} is {format_tensor(entry.dtype, entry.shape)}, and scales of this type are not "
             f"supported; {IN_16_BIT}"
         )
-    return _DTYPE_NAMES[entry.dtype]
+    return entry.dtype
 
 
 def config_error(entries: Mapping[str, TensorEntry], problem: str) -> UserError:

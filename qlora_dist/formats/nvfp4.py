@@ -24,7 +24,7 @@ class Nvfp4Layout(PublishedLayout):
     """Codes in FP4, two in a byte, the low half first, with scales of 16 weights, and one of the whole weight.
 
     The value of a weight is code * (scale / global_scale) for compressed-tensors, and code * (scale * global_scale) for
-    NVIDIA's ModelOpt. It is computed in fp32 and rounded to `dtype`.
+    NVIDIA's ModelOpt. It is computed in fp32 and rounded to `dtype`, by compressed-tensors to bf16 before.
 
     Sources: `compressed_tensors.compressors.nvfp4.NVFP4PackedCompressor.decompress`, and
     `modelopt.torch.quantization.qtensor.nvfp4_tensor.NVFP4QTensor.dequantize`.
@@ -55,7 +55,8 @@ class Nvfp4Layout(PublishedLayout):
             factors = scales[rows].float()
             factors = factors.mul_(whole) if self.is_modelopt else factors.div_(whole)
             groups = fp4_values(codes[rows]).float().view(-1, scales.shape[1], NVFP4_GROUP)
-            return groups.mul_(factors.unsqueeze(-1)).view(-1, self.shape[1])
+            weight = groups.mul_(factors.unsqueeze(-1)).view(-1, self.shape[1])
+            return weight if self.is_modelopt else weight.bfloat16()
 
         out = torch.empty(len(codes), self.shape[1], dtype=TORCH_DTYPES[self.dtype], device=codes.device)
         return decode_in_pieces(decode_rows, out)

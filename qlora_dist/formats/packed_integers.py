@@ -15,7 +15,8 @@ def packed_words(count: int, bits: int) -> int:
 def unpack_integers(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Return the integers in rows of words, int32[rows, words] -> uint8[rows, count].
 
-    Integer i of a row has the bits i * bits to (i + 1) * bits, counted from the lowest bit of the first word.
+    Integer i of a row has the bits i * bits to (i + 1) * bits, counted from the lowest bit of the first word. The
+    result of 8 bits shares the memory of `words`.
     """
     rows, length = words.shape
     if 8 % bits == 0:  # no integer crosses the border of a byte

@@ -22,7 +22,7 @@ def test_types_of_scales(dtype):
     values = made.dequantize(parts)
     step = parts[".scales"].float().t().repeat_interleave(16, 1)
     assert ((values.float() - make_weight().float()).abs() <= 1.01 * step).all()  # the helper's own check
-    check_weight(parts, lambda entries: find_awq_weights(entries, made.config), values)
+    check_weight(parts, find_awq_weights, made.config, values)
 
 
 def test_extreme_codes_and_pieces():
@@ -31,7 +31,7 @@ def test_extreme_codes_and_pieces():
     generator = torch.Generator().manual_seed(0)
     for name in (".qweight", ".qzeros"):
         parts[name] = torch.randint(-(2**31), 2**31, parts[name].shape, generator=generator).to(torch.int32)
-    check_weight(parts, lambda entries: find_awq_weights(entries, made.config), made.dequantize(parts))
+    check_weight(parts, find_awq_weights, made.config, made.dequantize(parts))
 
 
 def test_order_of_a_word():
@@ -43,7 +43,7 @@ def test_order_of_a_word():
         ".scales": torch.ones(1, 8, dtype=torch.float16),
     }
     expected = torch.arange(8, dtype=torch.float16).unsqueeze(1).expand(8, 16)
-    check_weight(parts, lambda entries: find_awq_weights(entries, awq_format().config), expected)
+    check_weight(parts, find_awq_weights, awq_format().config, expected)
 
 
 @pytest.mark.parametrize(
@@ -62,4 +62,4 @@ def test_unsupported_weights_are_refused(config, changes, message):
     parts = {name: part for name, part in (made.quantize(make_weight()) | changes).items() if part is not None}
     tensors = {STEM + suffix: part for suffix, part in parts.items()}
     with pytest.raises(UserError, match=message):
-        find_in(tensors, lambda entries: find_awq_weights(entries, made.config | config))
+        find_in(tensors, find_awq_weights, made.config | config)

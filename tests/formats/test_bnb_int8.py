@@ -22,7 +22,8 @@ def test_values():
     values = made.dequantize(parts)
     step = parts[".SCB"].unsqueeze(1) / 127
     assert ((values - make_weight().float()).abs() <= step).all()  # the helper's own check
-    check_weight(parts, find_bnb_int8_weights, values)
+    for dtype in (torch.float32, torch.bfloat16):
+        check_weight(parts, find_bnb_int8_weights, made.config, values.to(dtype))
 
 
 def test_tensors_that_bitsandbytes_saves():
@@ -34,12 +35,12 @@ def test_tensors_that_bitsandbytes_saves():
     layer.weight.data, layer.weight.CB, layer.weight.SCB = codes, codes, scales
     saved = {f".{name}": tensor for name, tensor in layer.state_dict().items()}
     assert saved.keys() == {".weight", ".SCB", ".weight_format"}
-    check_weight(saved, find_bnb_int8_weights, bnb.functional.int8_vectorwise_dequant(codes, scales))
+    check_weight(saved, find_bnb_int8_weights, {}, bnb.functional.int8_vectorwise_dequant(codes, scales))
 
 
 def test_other_weights_of_a_folder_are_left_out():
     tensors = {f"{STEM}.weight": torch.zeros(24, 1, dtype=torch.uint8), f"{STEM}.weight.absmax": torch.ones(3)}
-    found = find_in(tensors, find_bnb_int8_weights)
+    found = find_in(tensors, find_bnb_int8_weights, {})
     assert not found.weights
     assert not found.tensors
 
@@ -59,4 +60,4 @@ def test_unsupported_weights_are_refused(changes, message):
     parts = {name: part for name, part in (made.quantize(make_weight()) | changes).items() if part is not None}
     tensors = {STEM + suffix: part for suffix, part in parts.items()}
     with pytest.raises(UserError, match=message):
-        find_in(tensors, find_bnb_int8_weights)
+        find_in(tensors, find_bnb_int8_weights, {})

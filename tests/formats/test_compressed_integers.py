@@ -28,13 +28,19 @@ def make_weight(rows: int, columns: int) -> torch.Tensor:
 
 def check(made: IntegerFormat, rows: int = 20, columns: int = 64) -> None:
     parts = made.quantize(make_weight(rows, columns))
-    check_weight(parts, lambda entries: find_compressed_integers(entries, made.config), made.dequantize(parts))
+    check_weight(parts, find_compressed_integers, made.config, made.dequantize(parts))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_types_of_scales(bits, dtype):
     check(compressed_format(bits=bits, dtype=dtype))
+
+
+def test_values_are_rounded_to_the_type_of_the_model():
+    made = compressed_format(dtype=torch.float32)
+    parts = made.quantize(make_weight(20, 64))
+    check_weight(parts, find_compressed_integers, made.config, made.dequantize(parts).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -78,7 +84,7 @@ def test_extreme_codes():
     parts = made.quantize(make_weight(16, 64))
     parts[".weight_packed"] = torch.randint(-(2**31), 2**31 - 1, (16, 8)).to(torch.int32)
     parts[".weight_zero_point"] = torch.randint(-(2**31), 2**31 - 1, (2, 4)).to(torch.int32)
-    check_weight(parts, lambda entries: find_compressed_integers(entries, made.config), made.dequantize(parts))
+    check_weight(parts, find_compressed_integers, made.config, made.dequantize(parts))
 
 
 def test_each_group_has_its_own_scheme():
@@ -96,10 +102,7 @@ def test_each_group_has_its_own_scheme():
         expected[f"{stem}.weight"] = made.dequantize(parts)
         tensors |= {stem + suffix: part for suffix, part in parts.items()}
     activations = {"a.q_proj.input_scale": torch.ones(1), "a.k_scale": torch.ones(1)}
-    found = find_in(
-        tensors | activations,
-        lambda entries: find_compressed_integers(entries, int4.config | {"config_groups": groups}),
-    )
+    found = find_in(tensors | activations, find_compressed_integers, int4.config | {"config_groups": groups})
     assert found.weights.keys() == expected.keys()
     assert found.tensors == (tensors.keys() | activations.keys()) - {"a.norm.weight"}
     assert [weight.layout.bits for weight in found.weights.values()] == [4, 8, 8]
@@ -111,7 +114,7 @@ def test_as_transformers_loads_it(tmp_path):
     config = transformers.CompressedTensorsConfig(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "int4", quantization_config=config)
     entries = read_safetensors_header(tmp_path / "int4" / "model.safetensors")
-    found = find_compressed_integers(entries, compressed_format(symmetric=False).config)
+    found = find_compressed_integers(entries, compressed_format(symmetric=False).config, "bfloat16")
     assert len(found.weights) == 21
     for name, weight in found.weights.items():
         assert torch.equal(read_whole(weight).bfloat16(), model.get_parameter(name))
@@ -153,7 +156,7 @@ def test_unsupported_weights_are_refused(config, changes, message):
     parts = {name: part for name, part in (made.quantize(make_weight(20, 64)) | changes).items() if part is not None}
     tensors = {STEM + suffix: part for suffix, part in parts.items()}
     with pytest.raises(UserError, match=message):
-        find_in(tensors, lambda entries: find_compressed_integers(entries, made.config | config))
+        find_in(tensors, find_compressed_integers, made.config | config)
 
 
 def test_a_module_of_no_group_is_refused():
@@ -162,4 +165,4 @@ def test_a_module_of_no_group_is_refused():
     made = compressed_format()
     tensors = {STEM + suffix: part for suffix, part in made.quantize(make_weight(20, 64)).items()}
     with pytest.raises(UserError, match=r"down_proj\.weight_packed belongs to no group of quantization_config"):
-        find_in(tensors, lambda entries: find_compressed_integers(entries, made.config | {"config_groups": schemes}))
+        find_in(tensors, find_compressed_integers, made.config | {"config_groups": schemes})

@@ -20,7 +20,7 @@ def check(made: IntegerFormat, rows: int = 24, columns: int = 64) -> None:
     values = made.dequantize(parts)
     step = parts[".scales"].float().t()[:, parts[".g_idx"].long()] if ".g_idx" in parts else 1.0
     assert ((values.float() - make_weight(rows, columns).float()).abs() <= 1.01 * step).all()  # the helper's own check
-    check_weight(parts, lambda entries: find_gptq_weights(entries, made.config), values)
+    check_weight(parts, find_gptq_weights, made.config, values)
 
 
 @pytest.mark.parametrize("desc_act", [False, True])
@@ -42,7 +42,7 @@ def test_without_index():
 def test_large_weight_is_decoded_in_pieces():
     made = gptq_format(8)
     parts = made.quantize(make_weight(300, 4096))
-    check_weight(parts, lambda entries: find_gptq_weights(entries, made.config), made.dequantize(parts))
+    check_weight(parts, find_gptq_weights, made.config, made.dequantize(parts))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -52,14 +52,14 @@ def test_extreme_codes(bits):
     generator = torch.Generator().manual_seed(0)
     for name in (".qweight", ".qzeros"):
         parts[name] = torch.randint(-(2**31), 2**31, parts[name].shape, generator=generator).to(torch.int32)
-    check_weight(parts, lambda entries: find_gptq_weights(entries, made.config), made.dequantize(parts))
+    check_weight(parts, find_gptq_weights, made.config, made.dequantize(parts))
 
 
 def test_modules_may_have_their_own_number_of_bits():
     made = gptq_format(8)
     parts = made.quantize(make_weight())
     config = gptq_format(4).config | {"dynamic": {"+:.*down_proj": {"bits": 8}}}
-    check_weight(parts, lambda entries: find_gptq_weights(entries, config), made.dequantize(parts))
+    check_weight(parts, find_gptq_weights, config, made.dequantize(parts))
 
 
 @pytest.mark.parametrize(
@@ -86,4 +86,4 @@ def test_unsupported_weights_are_refused(config, changes, message):
     parts = {name: part for name, part in (made.quantize(make_weight()) | changes).items() if part is not None}
     tensors = {STEM + suffix: part for suffix, part in parts.items()}
     with pytest.raises(UserError, match=message):
-        find_in(tensors, lambda entries: find_gptq_weights(entries, made.config | config))
+        find_in(tensors, find_gptq_weights, made.config | config)

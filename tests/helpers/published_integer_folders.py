@@ -252,7 +252,7 @@ def publish_folder(source: Path, out: Path, name: str) -> Mapping[str, torch.Ten
             tensors[key] = weight
             continue
         parts = made.quantize(weight)
-        values[key] = made.dequantize(parts)
+        values[key] = made.dequantize(parts).to(weight.dtype)  # transformers rounds to the model's type
         tensors |= {key.removesuffix(".weight") + suffix: part for suffix, part in parts.items()}
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"))
     safetensors.torch.save_file(tensors, out / "model.safetensors", {"format": "pt"})

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -14,7 +15,7 @@ from qlora_dist.formats.folder_tensors import PublishedWeights
 from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry, read_safetensors_header
 
 STEM = "model.layers.0.mlp.down_proj"
-Finder = Callable[[Mapping[str, TensorEntry]], PublishedWeights]
+Finder = Callable[[Mapping[str, TensorEntry], Mapping[str, Any], str], PublishedWeights]
 
 
 @contextmanager
@@ -26,13 +27,15 @@ def saved_tensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, Ten
         yield read_safetensors_header(path)
 
 
-def find_in(tensors: Mapping[str, torch.Tensor], find: Finder) -> PublishedWeights:
+def find_in(tensors: Mapping[str, torch.Tensor], find: Finder, config: Mapping[str, Any]) -> PublishedWeights:
     """Find the weights among tensors that are saved in a file."""
     with saved_tensors(tensors) as entries:
-        return find(entries)
+        return find(entries, config, "bfloat16")
 
 
-def check_weight(parts: Mapping[str, torch.Tensor], find: Finder, expected: torch.Tensor) -> None:
+def check_weight(
+    parts: Mapping[str, torch.Tensor], find: Finder, config: Mapping[str, Any], expected: torch.Tensor
+) -> None:
     """Check that the weight of these tensors, by the ends of their names, has the expected values to the last bit.
 
     It is decoded from the whole vector, from a vector that is read in pieces, and by rows from each possible row on.
@@ -40,7 +43,7 @@ def check_weight(parts: Mapping[str, torch.Tensor], find: Finder, expected: torc
     tensors = {STEM + suffix: tensor for suffix, tensor in parts.items()}
     others = {"model.norm.weight": torch.ones(3), f"{STEM}.bias": torch.ones(len(expected))}
     with saved_tensors(tensors | others) as entries, SafetensorsReader() as reader:
-        found = find(entries)
+        found = find(entries, config, str(expected.dtype).removeprefix("torch."))
         assert list(found.weights) == [f"{STEM}.weight"]
         assert found.tensors == tensors.keys()
         weight = found.weights[f"{STEM}.weight"]
