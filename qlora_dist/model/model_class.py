@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
+from qlora_dist.compat.transformers import load_model_config
 from qlora_dist.errors import UserError
 from qlora_dist.layers.embedding import vocab_weight_names
 from qlora_dist.model.language_model import Towers, remove_towers
@@ -50,7 +51,7 @@ def whole_model_on_meta(
         UserError: transformers has no such class.
     """
     try:
-        config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+        config = load_model_config(folder.path)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # it would make transformers quantize the model
         if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import transformers
 from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from qlora_dist.compat.torch import module_parameters
+from qlora_dist.compat.transformers import load_model_config
 from qlora_dist.config.sections import ModelConfig
 from qlora_dist.errors import UserError
 from qlora_dist.layers.embedding import check_vocab_class
@@ -196,7 +196,7 @@ def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> Quantiz
     used = {key for source in sources.values() for key in source.keys}
     in_towers = {key for key, name in targets.items() if key not in used and towers.holds(name)}
     buffers = {key for name, _ in model.named_buffers() if name in sources for key in sources[name].keys}
-    published = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+    published = load_model_config(folder.path)
     ties, tied = (getattr(c.get_text_config(), "tie_word_embeddings", False) for c in (published, model.config))
     return QuantizePlan(
         weights=weights,
