@@ -140,6 +140,7 @@ def make_merge_plan(folder: ModelFolder, adapter: SavedAdapter, options: MergeOp
     replaced, is_untied = _plan_replaced_tensors(keys, model, adapter)
     if updates:
         raise missing_module_error(adapter, next(iter(updates)), folder.path)
+    tensors |= _plan_unused_matrices(tensors, folder, options)
     for key, entry in folder.entries.items():
         if key not in tensors:
             tensors[key] = _copied_tensor(key, entry, replaced.pop(key, entry), _dtype(entry.dtype, options))
@@ -149,6 +150,22 @@ def make_merge_plan(folder: ModelFolder, adapter: SavedAdapter, options: MergeOp
     vocab_size = embedding.shape[0] if embedding is not None else None
     in_order = sorted(tensors.values(), key=lambda tensor: (str(tensor.source_file), tensor.source_offset))
     return MergePlan(in_order, is_untied, vocab_size)
+
+
+def _plan_unused_matrices(
+    planned: dict[str, TensorMerge], folder: ModelFolder, options: MergeOptions
+) -> dict[str, TensorMerge]:
+    """Plan the 4-bit matrices that are not the language model's, such as a tower's in the folder of another tool."""
+    used = {part.matrix.name for tensor in planned.values() for part in tensor.matrices}
+    tensors = {}
+    for name in folder.quantized.keys() - used:
+        layout = folder.quantized[name].layout
+        target = QuantizableParameter(name=name, module=name, shape=layout.shape)
+        parts = [SourceMatrix(name, name, None, transposed=False)]
+        matrices = _plan_matrices(target, parts, layout, None, trained_in_4bit=True)
+        for tensor in _plan_tensors(target, matrices, folder, options, in_4bit=options.into == "nf4"):
+            tensors[tensor.key] = tensor
+    return tensors
 
 
 def _copied_tensor(key: str, source: TensorEntry, entry: TensorEntry, dtype: torch.dtype) -> TensorMerge:

@@ -176,13 +176,16 @@ def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> Quantiz
     used = {key for source in sources.values() for key in source.keys}
     in_towers = {key for key, name in targets.items() if key not in used and towers.holds(name)}
     published = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
-    ties, tied = (getattr(c.get_text_config(), "tie_word_embeddings", False) for c in (published, model.config))
+    ties, tied = (
+        [getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config())]
+        for config in (published, model.config)
+    )
     return QuantizePlan(
         weights=weights,
         skip_modules=sorted({*towers.paths, *(() if head_in_4_bit else (head_name, "lm_head"))}),
         counts=_count(folder, weights, outside, used, in_towers),
         towers=towers.paths,
-        unties_head=bool(ties and not tied),
+        unties_head=ties != tied,
         loads_in_transformers=loads_in_transformers,
     )
 
