@@ -31,7 +31,8 @@ OPTIONAL_PRIVATE_NAMES = ("transformers.utils.chat_template_utils._alias_reasoni
 
 
 def attention_name(model: PreTrainedModel) -> str:
-    name: str = model.config._attn_implementation
+    """Return the name of the attention function that a model's language model calls."""
+    name: str = model.config.get_text_config()._attn_implementation
     return name
 
 

@@ -9,12 +9,19 @@ from typing import Any
 
 import torch
 
-from qlora_dist.formats.folder_tensors import PublishedWeights, damaged_tensor_error, require_tensor, slice_expert
+from qlora_dist.errors import UserError
+from qlora_dist.formats.folder_tensors import (
+    PublishedWeights,
+    damaged_tensor_error,
+    each_matrix,
+    format_tensor,
+    require_tensor,
+)
+from qlora_dist.formats.mxfp4 import make_packed_mxfp4
 from qlora_dist.formats.published_entry import PublishedWeightEntry
 from qlora_dist.formats.published_layout import LayoutPart, PublishedLayout
 from qlora_dist.formats.row_pieces import decode_in_pieces, is_plain_cpu
 from qlora_dist.io.safetensors_file import TensorEntry
-from qlora_dist.nf4.quant_state import expert_key
 from qlora_dist.nf4.quantize import TORCH_DTYPES
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -22,7 +29,7 @@ _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0
 _SCALE_SUFFIXES = ("_scale_inv", "_scale")
 _MODULE_SCALES = (".scale", ".qscale_weight")
 """Names of scales in a module that transformers renames to `.weight_scale_inv`: DeepSeek-V4, Mistral Large 4."""
-_INPUT_SCALES = (".input_scale", "activation_scale", ".qscale_act", ".input_scale_ub", ".k_scale", ".v_scale")
+INPUT_SCALES = (".input_scale", "activation_scale", ".qscale_act", ".input_scale_ub", ".k_scale", ".v_scale")
 """Ends of the names of tensors that only an FP8 matrix product, or an FP8 cache, needs."""
 
 
@@ -57,7 +64,7 @@ class Fp8Layout(PublishedLayout):
 
     def decode(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         codes, scales = parts
-        scales = self._scale_rows(scale_values(scales))
+        scales = self._scale_rows(_scale_values(scales))
         height = self.block[0] if len(scales) > 1 else codes.shape[0]
 
         def decode_rows(rows: slice) -> torch.Tensor:
@@ -83,7 +90,7 @@ class Fp8Layout(PublishedLayout):
         return scales.repeat_interleave(width, dim=1)[:, :columns] if width < columns else scales
 
 
-def scale_values(scales: torch.Tensor) -> torch.Tensor:
+def _scale_values(scales: torch.Tensor) -> torch.Tensor:
     """Return scales in fp32. Bytes are exponents of 2, as `Fp8Dequantize` reads them."""
     return (scales.float() - 127.0).exp2() if scales.dtype == torch.uint8 else scales.float()
 
@@ -100,38 +107,36 @@ def _code_values(codes: torch.Tensor) -> torch.Tensor:
 def find_fp8_weights(entries: Mapping[str, TensorEntry], config: Mapping[str, Any], dtype: str) -> PublishedWeights:
     """Find the FP8 weights of a folder, which are those whose type is FP8. `config` may give `weight_block_size`.
 
-    A tensor of three dimensions holds a matrix of every expert, as transformers saves stacked experts.
+    A tensor of three dimensions holds a matrix of every expert, as transformers saves stacked experts. Weights of type
+    int8 are FP4, as in the experts of DeepSeek-V4.
 
     Raises:
         UserError: the scales of a weight are missing or have an unsupported type or shape.
     """
+    method = config.get("quant_method")
+    block = config.get("weight_block_size", (1, 32) if method == "mxfp8" else (128, 128))
     weights: dict[str, PublishedWeightEntry] = {}
-    tensors = {name for name in entries if name.endswith(_INPUT_SCALES)}
+    tensors = {name for name in entries if name.endswith(INPUT_SCALES)}
     for name, entry in entries.items():
-        if entry.dtype not in FP8_DTYPES:
+        if entry.dtype not in (*FP8_DTYPES, torch.int8):
             continue
-        scale_name = _scale_name(entries, name)
+        if method == "fbgemm_fp8" and len(entry.shape) != 2:
+            raise UserError(
+                f"{entry.path}: {name} holds several experts in the layout of fbgemm, which is not supported; give a "
+                "copy of the model in 16 bit"
+            )
+        scale_name = find_scale_name(entries, name)
         scale = require_tensor(entries, scale_name, name)
         tensors |= {name, scale_name}
-        stem_length = len(name.removesuffix(".weight"))
-        suffixes = name[stem_length:], scale_name[stem_length:]
-        if len(entry.shape) == 2:
-            layout = _make_layout(name, entry, scale, config, dtype, suffixes)
-            weights[name] = PublishedWeightEntry(layout, (entry, scale))
-        elif len(entry.shape) == 3 and scale.shape[:1] == entry.shape[:1]:
-            for expert in range(entry.shape[0]):
-                parts = slice_expert(entry, expert), slice_expert(scale, expert)
-                layout = _make_layout(name, *parts, config, dtype, suffixes)
-                weights[expert_key(name, expert)] = PublishedWeightEntry(layout, parts)
+        if entry.dtype == torch.int8:
+            weights |= make_packed_mxfp4(name, entry, scale_name, scale, dtype)
         else:
-            raise damaged_tensor_error(
-                entry, name, f"has shape {list(entry.shape)} with scales of shape {list(scale.shape)}"
-            )
+            weights |= make_fp8(name, entry, scale_name, scale, block, dtype)
     _check_scales_used(entries, tensors)
     return PublishedWeights(weights=weights, tensors=frozenset(tensors))
 
 
-def _scale_name(entries: Mapping[str, TensorEntry], name: str) -> str:
+def find_scale_name(entries: Mapping[str, TensorEntry], name: str) -> str:
     """Return the name of a weight's scales, or the usual one if there are none."""
     names = [name + suffix for suffix in _SCALE_SUFFIXES]
     if name.endswith(".weight"):
@@ -139,42 +144,59 @@ def _scale_name(entries: Mapping[str, TensorEntry], name: str) -> str:
     return next((scale for scale in names if scale in entries), names[0])
 
 
-def _make_layout(
-    name: str, entry: TensorEntry, scale: TensorEntry, config: Mapping[str, Any], dtype: str, suffixes: tuple[str, str]
-) -> Fp8Layout:
+def make_fp8(
+    name: str, entry: TensorEntry, scale_name: str, scale: TensorEntry, block: Sequence[int] | None, dtype: str
+) -> dict[str, PublishedWeightEntry]:
+    """Return the weights in one tensor of FP8 codes, by name.
+
+    Args:
+        name: name of the codes.
+        entry: the codes.
+        scale_name: name of the scales.
+        scale: the scales.
+        block: rows and columns of a block; None: the scales divide a matrix evenly.
+        dtype: type of the dequantized values.
+
+    Raises:
+        UserError: the scales have an unsupported type or shape.
+    """
     if scale.dtype not in _SCALE_DTYPES:
-        raise damaged_tensor_error(scale, name, f"has scales in {str(scale.dtype).removeprefix('torch.')}")
-    rows, columns = entry.shape
-    return Fp8Layout(
-        shape=(rows, columns),
-        dtype=dtype,
-        code_dtype=entry.dtype,
-        scale_dtype=scale.dtype,
-        scale_shape=scale.shape,
-        block=_find_block(name, entry, scale, config),
-        code_suffix=suffixes[0],
-        scale_suffix=suffixes[1],
-    )
+        kind = format_tensor(scale.dtype, scale.shape)
+        raise damaged_tensor_error(scale, scale_name, f"is {kind}, which is no type of scales")
+    stem_length = len(name.removesuffix(".weight"))
+    weights = {}
+    for weight_name, parts in each_matrix(name, entry, scale):
+        rows, columns = parts[0].shape
+        layout = Fp8Layout(
+            shape=(rows, columns),
+            dtype=dtype,
+            code_dtype=entry.dtype,
+            scale_dtype=scale.dtype,
+            scale_shape=parts[1].shape,
+            block=_find_block(name, parts[0], parts[1], block),
+            code_suffix=name[stem_length:],
+            scale_suffix=scale_name[stem_length:],
+        )
+        weights[weight_name] = PublishedWeightEntry(layout, parts)
+    return weights
 
 
-def _find_block(name: str, entry: TensorEntry, scale: TensorEntry, config: Mapping[str, Any]) -> tuple[int, int]:
+def _find_block(name: str, entry: TensorEntry, scale: TensorEntry, block: Sequence[int] | None) -> tuple[int, int]:
     """Return rows and columns of the blocks that the scales divide a matrix into.
 
-    The blocks are `weight_block_size`. If it is null, they divide the matrix evenly, as in `Fp8Dequantize`. So they do
-    where `FP8Experts` of transformers makes two rows of scales for a small gate_up_proj.
+    Without `block` they divide the matrix evenly, as in `Fp8Dequantize`. So they do where `FP8Experts` of transformers
+    makes two rows of scales for a small gate_up_proj.
     """
     rows, columns = entry.shape
     if math.prod(scale.shape) == 1:
         return rows, columns
     if scale.shape in ((rows,), (rows, 1)):
         return 1, columns
-    default = (1, 32) if config.get("quant_method") == "mxfp8" else (128, 128)
-    block = config.get("weight_block_size", default)
     if len(scale.shape) == 2:
         if block and scale.shape == (-(-rows // block[0]), -(-columns // block[1])):
             return block[0], block[1]
         halved = block and rows <= block[0] and scale.shape == (2, -(-columns // block[1]))
-        if (halved or not block) and rows % scale.shape[0] == columns % scale.shape[1] == 0:
+        if (halved or not block) and 0 not in scale.shape and rows % scale.shape[0] == columns % scale.shape[1] == 0:
             return rows // scale.shape[0], columns // scale.shape[1]
     blocks = f"blocks of {list(block)}" if block else "equal blocks"
     raise damaged_tensor_error(
@@ -187,10 +209,9 @@ def _find_block(name: str, entry: TensorEntry, scale: TensorEntry, config: Mappi
 def _check_scales_used(entries: Mapping[str, TensorEntry], used: set[str]) -> None:
     """Raise if there are block scales whose weight is missing, or is in another type than FP8."""
     for name, entry in entries.items():
-        if name.endswith("weight_scale_inv") and name not in used:
+        if name.endswith("_scale_inv") and name not in used:
             weight = name.removesuffix("_scale_inv")
             if weight in entries:
-                raise damaged_tensor_error(
-                    entry, name, f"is there, but {weight} is in {str(entries[weight].dtype).removeprefix('torch.')}"
-                )
+                kind = format_tensor(entries[weight].dtype, entries[weight].shape)
+                raise damaged_tensor_error(entry, name, f"is there, but {weight} is {kind}")
             raise damaged_tensor_error(entry, name, f"is there, but {weight} is missing")

@@ -16,7 +16,8 @@ from qlora_dist.errors import UserError
 from qlora_dist.io.safetensors_file import TensorEntry, tensors_equal
 from qlora_dist.layers.embedding import vocab_weight_names
 from qlora_dist.merge.published_config import find_exclusion_key
-from qlora_dist.model.meta_model import COMPUTE_DTYPES, causal_lm_on_meta
+from qlora_dist.model.meta_model import COMPUTE_DTYPES
+from qlora_dist.model.model_class import causal_lm_on_meta
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantizable import (
     QuantizableParameter,

@@ -102,6 +102,7 @@ def as_pickle(folder: Path) -> None:
 
 
 def set_index(folder: Path, content: object) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
 
 
@@ -129,9 +130,9 @@ DAMAGES = {
         lambda folder: set_config(folder, quantization_config={"quant_method": "mxfp4"}),
         "is quantized with mxfp4, which is not supported; give a copy of the model in bf16",
     ),
-    "parts without an index": (
-        lambda folder: (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors"),
-        "its parts are there without model.safetensors.index.json; copy that file too",
+    "some parts without an index": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors"),
+        "holds 1 of the 2 parts of a model, and no model.safetensors.index.json; get the folder anew",
     ),
     "Mistral's own file": (
         lambda folder: (folder / "model.safetensors").rename(folder / "consolidated.safetensors"),
