@@ -90,7 +90,7 @@ def _recorded_decoder(model: PreTrainedModel) -> Iterator[tuple[list[Mapping[str
         return lambda ids: torch.zeros(*ids.shape, size)
 
     for table in tables:
-        table.forward = zeros_of(table.embedding_dim)  # type: ignore[method-assign]  # in this instance only
+        table.forward = zeros_of(table.embedding_dim)  # type: ignore[method-assign, assignment]
     model.get_input_embeddings().forward = lambda ids: embeddings
     decoder.forward = record
     model.set_output_embeddings(nn.Linear(embeddings.shape[-1], 8))
