@@ -16,6 +16,7 @@ from qlora_dist.model.language_model import Towers, remove_towers
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.model_support import check_model_class, check_text_config
 from qlora_dist.model.quantizable import has_tied_embeddings
+from qlora_dist.model.text_forward import check_text_forward
 from qlora_dist.model.weight_sources import find_weight_sources
 
 
@@ -39,6 +40,8 @@ def keep_language_model(model: transformers.PreTrainedModel, path: Path) -> Towe
     check_text_config(model, path)
     towers = remove_towers(model)
     check_model_class(model, path)
+    if towers.paths:
+        check_text_forward(model, path)
     return towers
 
 
@@ -62,7 +65,9 @@ def whole_model_on_meta(
             for part in (config, config.get_text_config()):
                 part.tie_word_embeddings = False
             model = _from_config(config, dtype, requested)
-    except (ValueError, KeyError, OSError, ImportError, AttributeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # the class's code may raise any kind
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"{folder.path / 'config.json'}: transformers {transformers.__version__} cannot build a causal language "

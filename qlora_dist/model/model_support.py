@@ -34,6 +34,12 @@ def check_text_config(model: PreTrainedModel, path: Path) -> None:
     config = model.config
     if config.get_text_config() is config and any(hasattr(config, f"{kind}_config") for kind in _OTHER_INPUTS):
         raise _unsupported(path, config.model_type, "has no language model apart from its images or sounds")
+    try:
+        has_vocabulary = model.get_input_embeddings() is not None and model.get_output_embeddings() is not None
+    except NotImplementedError:
+        has_vocabulary = False
+    if not has_vocabulary:
+        raise _unsupported(path, config.model_type, "has no single input embedding and output head")
 
 
 def check_model_class(model: PreTrainedModel, path: Path) -> None:

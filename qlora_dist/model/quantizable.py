@@ -141,10 +141,9 @@ def source_matrices(
         return [SourceMatrix(key, key, None, target.transposed) for key in source.keys]
     (key,) = source.keys
     transposed = target.transposed
-    if source.may_be_transposed and folder.entries[key].shape[1:] != (
-        target.shape[::-1] if transposed else target.shape
-    ):
-        transposed = not transposed
+    if source.may_be_transposed:
+        shape = folder.entries[key].shape[1:]
+        transposed ^= shape != (target.shape[::-1] if transposed else target.shape)
     return [SourceMatrix(key, expert_key(key, index), index, transposed) for index in range(target.experts)]
 
 

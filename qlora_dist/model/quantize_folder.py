@@ -18,7 +18,7 @@ from qlora_dist.io.read_ahead import ReadAhead, ReadProgress, ReadRequest, read_
 from qlora_dist.io.safetensors_file import SafetensorsReader, SafetensorsWriter, specs_bytes
 from qlora_dist.model.model_folder import ModelFolder, read_model_json
 from qlora_dist.model.quantize_plan import ParameterCounts, QuantizeOptions, QuantizePlan, make_quantize_plan
-from qlora_dist.model.save_model_folder import finish_model_folder, split_into_files
+from qlora_dist.model.save_model_folder import finish_model_folder, split_into_files, untie_head
 from qlora_dist.model.shard_reader import decode_from_reads, published_reads, quantize_from_reads, tensor_reads
 from qlora_dist.nf4.quant_state import quant_state_specs, quant_state_tensors
 
@@ -230,6 +230,6 @@ def _write_config_and_index(
         "llm_int8_skip_modules": plan.skip_modules,
     }
     if plan.unties_head:
-        config["tie_word_embeddings"] = False
+        untie_head(config)
     (partial / _PLAN_FILE).unlink()
     finish_model_folder(partial, out, folder.path, config)

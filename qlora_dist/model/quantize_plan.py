@@ -197,7 +197,10 @@ def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> Quantiz
     in_towers = {key for key, name in targets.items() if key not in used and towers.holds(name)}
     buffers = {key for name, _ in model.named_buffers() if name in sources for key in sources[name].keys}
     published = load_model_config(folder.path)
-    ties, tied = (getattr(c.get_text_config(), "tie_word_embeddings", False) for c in (published, model.config))
+    ties, tied = (
+        [getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config())]
+        for config in (published, model.config)
+    )
     return QuantizePlan(
         weights=weights,
         skip_modules=sorted({*towers.paths, *(() if head_in_4_bit else (head_name, "lm_head"))}),
@@ -207,7 +210,7 @@ def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> Quantiz
         towers=towers.paths,
         unused=_outermost_unused(weights, used | in_towers),
         without_adapter=tuple(sorted(without_adapter)),
-        unties_head=bool(ties and not tied),
+        unties_head=ties != tied,
         loads_in_transformers=loads_in_transformers,
     )
 

@@ -115,20 +115,12 @@ DAMAGES = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors"),
     "a pickle": (as_pickle, "pytorch_model.bin is a pickle, which is never read"),
     "another quantization": (
-        lambda folder: set_config(folder, quantization_config={"quant_method": "gptq"}),
-        "is quantized with gptq",
+        lambda folder: set_config(folder, quantization_config={"quant_method": "hqq"}),
+        "is quantized with hqq, which is not supported; give a copy of the model in 16 bit",
     ),
     "8 bit": (
         lambda folder: set_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
-        "with bitsandbytes, but not in 4 bit",
-    ),
-    "a method with a remedy": (
-        lambda folder: set_config(folder, quantization_config={"quant_method": "fp8"}),
-        "FineGrainedFP8Config(dequantize=True) of transformers, save it in 16 bit",
-    ),
-    "gpt-oss as it is published": (
-        lambda folder: set_config(folder, quantization_config={"quant_method": "mxfp4"}),
-        "is quantized with mxfp4, which is not supported; give a copy of the model in bf16",
+        "is quantized with bitsandbytes, but has no weights in 4 or 8 bit of it",
     ),
     "some parts without an index": (
         lambda folder: (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors"),
