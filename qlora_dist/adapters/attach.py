@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
@@ -25,17 +25,20 @@ from qlora_dist.layers.linear import QuantizedLinear
 ADAPTER_NAME = "default"
 
 
-def make_peft_config(model: PreTrainedModel, config: LoraConfig, base: str) -> peft.LoraConfig:
+def make_peft_config(
+    model: PreTrainedModel, config: LoraConfig, base: str, left_out: Collection[str] = ()
+) -> peft.LoraConfig:
     """Make PEFT's configuration of the adapter that the section `lora` describes.
 
-    The model is on meta, without adapters. The adapter records `base`, the base model's folder.
+    The model is on meta, without adapters. The adapter records `base`, the base model's folder. `left_out` names the
+    modules and parameters that transformers' class has besides those of the model. PEFT must not adapt them.
 
     Raises:
         UserError: the model lacks a target, experts, or a module of `modules_to_save`, or PEFT cannot adapt them so.
     """
     targets = find_targets(model, config, base)
     modules_to_save = _modules_to_save(model, config.modules_to_save, base)
-    modules, parameters = peft_target_names(model, targets)
+    modules, parameters = peft_target_names(model, targets, left_out)
     if config.dora and (names := sorted({target_module_name(p.removesuffix(".weight")) for p in parameters})):
         raise UserError(
             f"lora.dora: PEFT adapts {', '.join(names)} of this model as parameters, without DoRA; set "

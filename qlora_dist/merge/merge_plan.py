@@ -16,7 +16,8 @@ from qlora_dist.errors import UserError
 from qlora_dist.io.safetensors_file import TensorEntry, tensors_equal
 from qlora_dist.layers.embedding import vocab_weight_names
 from qlora_dist.merge.published_config import find_exclusion_key
-from qlora_dist.model.meta_model import COMPUTE_DTYPES, causal_lm_on_meta
+from qlora_dist.model.meta_model import COMPUTE_DTYPES
+from qlora_dist.model.model_class import causal_lm_on_meta
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantizable import (
     QuantizableParameter,
@@ -152,6 +153,7 @@ def make_merge_plan(folder: ModelFolder, adapter: SavedAdapter, options: MergeOp
     replaced, is_untied = _plan_replaced_tensors(keys, model, adapter)
     if updates:
         raise missing_module_error(adapter, next(iter(updates)), folder.path)
+    tensors |= _plan_unused_matrices(tensors, folder, options)
     written = {part.matrix.name for tensor in tensors.values() for part in tensor.matrices}
     tensors |= _plan_published_tensors(folder, written, replaced, options)
     for key, entry in folder.entries.items():
@@ -201,6 +203,22 @@ def _plan_published_tensors(
         for key, entry in folder.published_tensors.items():
             if (entry.path, entry.start) not in positions and key.rpartition(".")[0] not in stems:
                 tensors[key] = _copied_tensor(key, entry, entry, entry.dtype)
+    return tensors
+
+
+def _plan_unused_matrices(
+    planned: dict[str, TensorMerge], folder: ModelFolder, options: MergeOptions
+) -> dict[str, TensorMerge]:
+    """Plan the 4-bit matrices that are not the language model's, such as a tower's in the folder of another tool."""
+    used = {part.matrix.name for tensor in planned.values() for part in tensor.matrices}
+    tensors = {}
+    for name in folder.quantized.keys() - used:
+        layout = folder.quantized[name].layout
+        target = QuantizableParameter(name=name, module=name, shape=layout.shape)
+        parts = [SourceMatrix(name, name, None, transposed=False)]
+        matrices = _plan_matrices(target, parts, layout, None, trained_in_4bit=True)
+        for tensor in _plan_tensors(target, matrices, folder, options, in_4bit=options.into == "nf4"):
+            tensors[tensor.key] = tensor
     return tensors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from qlora_dist.errors import UserError
 from qlora_dist.formats.find_published import find_published_weights
 from qlora_dist.formats.published_entry import PublishedWeightEntry
+from qlora_dist.formats.unquantized import unquantized_weight
 from qlora_dist.io.read_ahead import read_chunks
 from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry, read_safetensors_header
 from qlora_dist.layers.dequantize import WeightLayout
@@ -18,6 +20,7 @@ from qlora_dist.nf4.quant_state import QuantizedWeightEntry, find_quantized_weig
 from qlora_dist.nf4.quantize import TORCH_DTYPES
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PART = re.compile(r"(?:pytorch_)?model-\d+-of-(\d+)\.safetensors")
 
 
 class ModelFolder:
@@ -67,6 +70,10 @@ class ModelFolder:
     def packed(self, name: str) -> QuantizedWeightEntry | PublishedWeightEntry | None:
         """Return a quantized weight, which is read as the bytes of its vector; None for another tensor."""
         return self.quantized.get(name) or self.published.get(name)
+
+    def pack_unquantized(self, name: str) -> None:
+        """Treat a matrix in 16 or 32 bit as a weight in a published format from now on."""
+        self.published[name] = unquantized_weight(self.entries.pop(name))
 
     def packed_layout(self, name: str) -> WeightLayout | None:
         """Return the layout of a quantized weight; None for another tensor."""
@@ -130,6 +137,12 @@ class ModelFolder:
         similar = (key for key in sorted(self.names) if key.startswith(stem))
         nearest = next((key for key in similar if key != f"{stem}.bias"), None)
         if nearest is None:
+            other = next((key for key in sorted(self.names) if key.endswith(f".{name.removeprefix('model.')}")), None)
+            if other is not None:
+                return UserError(
+                    f"{self.path}: the weight {name} is missing; {other} is there, which belongs to another class than "
+                    "config.json names; get the config.json that was published with the weights"
+                )
             return UserError(f"{self.path}: the weight {name} is missing; get the folder anew")
         return UserError(
             f"{self.path}: the weight {name} is missing; {nearest} is there, which has an unsupported format; give a "
@@ -144,26 +157,34 @@ class ModelFolder:
         return name if name in TORCH_DTYPES else "bfloat16"
 
     def _read_entries(self) -> dict[str, TensorEntry]:
-        if (self.path / _INDEX).exists():
-            weight_map = read_model_json(self.path / _INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise UserError(f"{self.path / _INDEX}: names no files; get the folder anew")
-            files = sorted(set(weight_map.values()))
-        elif (self.path / _SINGLE).exists():
-            files = [_SINGLE]
-        else:
-            raise UserError(f"{self.path}: holds no {_SINGLE}; {self._missing_files_hint()}")
         entries: dict[str, TensorEntry] = {}
-        for file in files:
+        for file in self._weight_files():
             if Path(file).name != file:
                 raise UserError(f"{self.path / _INDEX}: names a file outside the folder, {file}; get the folder anew")
             entries |= read_safetensors_header(self.path / file)
         return entries
 
-    def _missing_files_hint(self) -> str:
+    def _weight_files(self) -> list[str]:
+        """Return the names of the files that transformers reads, or of all parts of a model without an index."""
+        if (self.path / _SINGLE).exists():  # transformers prefers it to an index too
+            return [_SINGLE]
+        if (self.path / _INDEX).exists():
+            weight_map = read_model_json(self.path / _INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+                raise UserError(f"{self.path / _INDEX}: names no files; get the folder anew")
+            return sorted(set(weight_map.values()))
         files = sorted(path.name for path in self.path.glob("*.safetensors"))
-        if any(name.startswith("model-") for name in files):
-            return f"its parts are there without {_INDEX}; copy that file too"
+        parts = {name: int(match[1]) for name in files if (match := _PART.fullmatch(name))}
+        if not parts:
+            raise UserError(f"{self.path}: holds no {_SINGLE}; {self._missing_files_hint(files)}")
+        if set(parts.values()) != {len(parts)}:
+            raise UserError(
+                f"{self.path}: holds {len(parts)} of the {max(parts.values())} parts of a model, and no {_INDEX}; get "
+                "the folder anew"
+            )
+        return list(parts)
+
+    def _missing_files_hint(self, files: list[str]) -> str:
         if any(name.startswith("consolidated") for name in files):
             return f"{files[0]} has Mistral's own names of tensors; get the files that transformers loads"
         if "adapter_model.safetensors" in files:

@@ -140,7 +140,11 @@ def source_matrices(
     if source.experts or not target.experts:
         return [SourceMatrix(key, key, None, target.transposed) for key in source.keys]
     (key,) = source.keys
-    return [SourceMatrix(key, expert_key(key, index), index, target.transposed) for index in range(target.experts)]
+    transposed = target.transposed
+    if source.may_be_transposed:
+        shape = folder.entries[key].shape[1:]
+        transposed ^= shape != (target.shape[::-1] if transposed else target.shape)
+    return [SourceMatrix(key, expert_key(key, index), index, transposed) for index in range(target.experts)]
 
 
 def common_layout(

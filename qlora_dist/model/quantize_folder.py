@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,12 @@ from qlora_dist.io.read_ahead import ReadAhead, ReadProgress, ReadRequest, read_
 from qlora_dist.io.safetensors_file import SafetensorsReader, SafetensorsWriter, specs_bytes
 from qlora_dist.model.model_folder import ModelFolder, read_model_json
 from qlora_dist.model.quantize_plan import ParameterCounts, QuantizeOptions, QuantizePlan, make_quantize_plan
-from qlora_dist.model.save_model_folder import finish_model_folder, split_into_files
+from qlora_dist.model.save_model_folder import finish_model_folder, split_into_files, untie_head
 from qlora_dist.model.shard_reader import decode_from_reads, published_reads, quantize_from_reads, tensor_reads
 from qlora_dist.nf4.quant_state import quant_state_specs, quant_state_tensors
 
 _PLAN_FILE = "quantize-plan.json"
+_MAX_NAMES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +31,16 @@ class QuantizeReport:
     """Result of `quantize_folder`."""
 
     out: Path
-    counts: ParameterCounts
+    plan: QuantizePlan
     seconds: float
     read_bytes: int
     wait_s: float
     """Seconds spent waiting for the disk."""
-    loads_in_transformers: bool = True
-    """Whether plain transformers loads the folder."""
+
+    @property
+    def counts(self) -> ParameterCounts:
+        """Number of parameters in the folder."""
+        return self.plan.counts
 
 
 def quantize_folder(
@@ -66,7 +69,7 @@ def quantize_folder(
     plan = make_quantize_plan(folder, options)
     if plan.counts.quantized_share < options.min_share:
         share = 100 * plan.counts.quantized_share
-        largest = ", ".join(name for name, _ in Counter(plan.counts.unquantized).most_common(3))
+        largest = ", ".join(plan.counts.largest_unquantized)
         raise UserError(
             f"{source}: only {share:.1f} % of the parameters outside unquantized embeddings and output head would be "
             f"in 4 bit (the largest others: {largest}); to accept that, set --min-share {int(share) / 100}"
@@ -80,12 +83,7 @@ def quantize_folder(
             f"{partial}: cannot be written ({error.strerror}); mend that and run again, which resumes where it stopped"
         ) from None
     return QuantizeReport(
-        out=out,
-        counts=plan.counts,
-        seconds=time.perf_counter() - started,
-        read_bytes=reading.read_bytes,
-        wait_s=reading.wait_s,
-        loads_in_transformers=plan.loads_in_transformers,
+        out=out, plan=plan, seconds=time.perf_counter() - started, read_bytes=reading.read_bytes, wait_s=reading.wait_s
     )
 
 
@@ -131,9 +129,15 @@ def print_quantize_report(report: QuantizeReport, console: Console) -> None:
         f"  not quantized: {name} ({count:,})"
         for name, count in sorted(counts.unquantized.items(), key=lambda item: -item[1])
     ]
-    if counts.unused:
-        lines.append(f"  copied, but neither loaded by transformers nor trained: {counts.unused:,} elements")
-    if not report.loads_in_transformers:
+    if report.plan.towers:
+        lines.append(f"  copied, because only text is trained: {', '.join(report.plan.towers)} ({counts.towers:,})")
+    if report.plan.without_adapter:
+        names = ", ".join(report.plan.without_adapter)
+        lines.append(f"  in 4 bit, but without an adapter, because the model's code reads the weight itself: {names}")
+    if unused := report.plan.unused:
+        names = ", ".join(unused[:_MAX_NAMES]) + (" and others" if len(unused) > _MAX_NAMES else "")
+        lines.append(f"  copied, but neither loaded by transformers nor trained: {names} ({counts.unused:,} elements)")
+    if not report.plan.loads_in_transformers:
         lines.append(
             "  plain transformers does not load this folder; to use its adapters there, give them the 16-bit model or "
             "merge them"
@@ -226,6 +230,6 @@ def _write_config_and_index(
         "llm_int8_skip_modules": plan.skip_modules,
     }
     if plan.unties_head:
-        config["tie_word_embeddings"] = False
+        untie_head(config)
     (partial / _PLAN_FILE).unlink()
     finish_model_folder(partial, out, folder.path, config)

@@ -11,7 +11,7 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from qlora_dist.io.safetensors_file import TensorEntry
-from qlora_dist.model.meta_model import causal_lm_on_meta
+from qlora_dist.model.model_class import causal_lm_on_meta
 from qlora_dist.model.model_folder import ModelFolder
 
 

@@ -36,7 +36,8 @@ from qlora_dist.errors import UserError
 from qlora_dist.io.safetensors_file import TensorEntry
 from qlora_dist.layers.experts import QuantizedExperts
 from qlora_dist.model.attention import check_packing_support
-from qlora_dist.model.meta_model import LossModel, build_meta_model, causal_lm_on_meta
+from qlora_dist.model.meta_model import LossModel, build_meta_model
+from qlora_dist.model.model_class import whole_model_on_meta
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.parallel.activation_checkpointing import check_compiler
 from qlora_dist.parallel.engine import check_engine
@@ -190,12 +191,12 @@ def set_up_model(config: Config, folder: ModelFolder | None = None) -> tuple[Mod
         check_packing_support(model)
     base = config.model.base
     targets = find_targets(model, config.lora, base)
-    adapter = make_peft_config(model, config.lora, base)
+    adapter = make_peft_config(model, config.lora, base, model.towers.names)
     attach_adapter(model, adapter)
     check_attached_targets(model, targets, base)
     check_adapter_numel(model, targets, config.lora)
-    if needs_peft_conversion(adapter, model.config.model_type):
-        plain = causal_lm_on_meta(folder, torch.float32)
+    if model.towers.paths or needs_peft_conversion(adapter, model.config.model_type):
+        plain = whole_model_on_meta(folder, torch.float32)
         check_peft_roundtrip(plain, config_to_save(adapter), shapes_to_save(model), base)
     return folder, model, adapter
 
