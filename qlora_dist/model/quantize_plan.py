@@ -226,7 +226,7 @@ def _without_numbers(name: str) -> str:
 def _outermost_unused(names: Iterable[str], used: set[str]) -> tuple[str, ...]:
     """Return the shortest prefixes of unused names that no used name has, such as `mtp` or `model.layers.61`."""
     parents = {".".join(parts[:n]) for parts in (name.split(".") for name in used) for n in range(len(parts) + 1)}
-    found = {}
+    found: dict[str, None] = {}
     for parts in (name.split(".") for name in names if name not in used):
         prefixes = (".".join(parts[: n + 1]) for n in range(len(parts)))
         outermost = next(prefix for prefix in prefixes if prefix not in parents)
