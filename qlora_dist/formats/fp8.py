@@ -17,7 +17,7 @@ from qlora_dist.formats.folder_tensors import (
     format_tensor,
     require_tensor,
 )
-from qlora_dist.formats.mxfp4 import make_packed_mxfp4
+from qlora_dist.formats.mxfp4 import exponents_to_powers, make_packed_mxfp4
 from qlora_dist.formats.published_entry import PublishedWeightEntry
 from qlora_dist.formats.published_layout import LayoutPart, PublishedLayout
 from qlora_dist.formats.row_pieces import decode_in_pieces, is_plain_cpu
@@ -97,7 +97,7 @@ class Fp8Layout(PublishedLayout):
 
 def _scale_values(scales: torch.Tensor) -> torch.Tensor:
     """Return scales in fp32. Bytes are exponents of 2, as `Fp8Dequantize` reads them."""
-    return (scales.float() - 127.0).exp2() if scales.dtype == torch.uint8 else scales.float()
+    return exponents_to_powers(scales, bias=127) if scales.dtype == torch.uint8 else scales.float()
 
 
 def _code_values(codes: torch.Tensor) -> torch.Tensor:
