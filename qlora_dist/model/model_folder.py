@@ -145,8 +145,8 @@ class ModelFolder:
                 )
             return UserError(f"{self.path}: the weight {name} is missing; get the folder anew")
         return UserError(
-            f"{self.path}: the weight {name} is missing; {nearest} is there, which has an unsupported format; give a "
-            "copy of the model in 16 bit"
+            f"{self.path}: the weight {name} is missing; {nearest} is there, which has an unsupported format; give the "
+            "model as its maker published it, or a copy in 16 bit"
         )
 
     def _dtype(self) -> str:

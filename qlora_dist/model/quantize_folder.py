@@ -23,7 +23,7 @@ from qlora_dist.model.shard_reader import decode_from_reads, published_reads, qu
 from qlora_dist.nf4.quant_state import quant_state_specs, quant_state_tensors
 
 _PLAN_FILE = "quantize-plan.json"
-_MAX_NAMES = 5
+_LISTED_NAMES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ def print_quantize_report(report: QuantizeReport, console: Console) -> None:
         names = ", ".join(report.plan.without_adapter)
         lines.append(f"  in 4 bit, but without an adapter, because the model's code reads the weight itself: {names}")
     if unused := report.plan.unused:
-        names = ", ".join(unused[:_MAX_NAMES]) + (" and others" if len(unused) > _MAX_NAMES else "")
+        names = ", ".join(unused[:_LISTED_NAMES]) + (" and others" if len(unused) > _LISTED_NAMES else "")
         lines.append(f"  copied, but neither loaded by transformers nor trained: {names} ({counts.unused:,} elements)")
     if not report.plan.loads_in_transformers:
         lines.append(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ _TOLERANCE = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What becomes of a tiny model of one type."""
+    """Result of the sweep for one type."""
 
     refused: str | None = None
     """Sentence of the refusal, without folders; None if the model trains."""
@@ -93,8 +94,15 @@ class ModelSweep:
                 self._compare(model_type, chosen)
         return {model_type: self.outcomes[model_type] for model_type in model_types}
 
-    def _recorded(self, model_type: str) -> _Recorded:
-        return _Recorded(self.outcomes, self.files, model_type)
+    @contextmanager
+    def _recorded(self, model_type: str) -> Iterator[None]:
+        """Record an exception in the `with` as the outcome of the type."""
+        try:
+            yield
+        except UserError as error:
+            self.outcomes[model_type] = Outcome(refused=self.files.without_folders(str(error)))
+        except Exception:
+            self.outcomes[model_type] = Outcome(failed=traceback.format_exc())
 
     def _quantize(self, model_type: str) -> None:
         source = self.files.make_source(model_type)
@@ -130,7 +138,9 @@ class ModelSweep:
                     raise RuntimeError(f"{model_type} on two ranks") from error
 
     def _config(self, model_type: str, chosen: _Choices, world_size: int) -> Config:
-        return self.files.load_config(model_type, chosen.overrides, world_size)
+        # the held-out loss on one rank is enough
+        overrides = [*chosen.overrides, *(["data.eval=null"] if world_size == 2 else [])]
+        return self.files.load_config(model_type, overrides, world_size)
 
     def _set_up(self, model_type: str) -> tuple[RunSetup, _Choices]:
         """Set up a run with experts and with packing, or without what is refused."""
@@ -165,20 +175,3 @@ class ModelSweep:
         self.outcomes[model_type] = Outcome(
             packing=chosen.packing, experts=chosen.experts or None, min_share=self.min_shares.get(model_type)
         )
-
-
-class _Recorded:
-    """Record an exception in the `with` as the outcome of a type."""
-
-    def __init__(self, outcomes: dict[str, Outcome], files: SweepFolder, model_type: str) -> None:
-        self._outcomes, self._files, self._model_type = outcomes, files, model_type
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, UserError):
-            self._outcomes[self._model_type] = Outcome(refused=self._files.without_folders(str(error)))
-        elif isinstance(error, Exception):
-            self._outcomes[self._model_type] = Outcome(failed="".join(traceback.format_exception(error)))
-        return isinstance(error, Exception)

@@ -48,7 +48,7 @@ class SweepFolder:
         return self.folder(model_type) / "nf4"
 
     def make_source(self, model_type: str) -> Path:
-        """Save a tiny model of a type in bf16. Of a type without a class, only the configuration is right."""
+        """Save a tiny model of a type in bf16. If transformers has no class for it, only the configuration is right."""
         source, config = self.source(model_type), tiny_config(model_type)
         if model_type in WITHOUT_CLASS:
             config.save_pretrained(source)
