@@ -25,7 +25,7 @@ from qlora_dist.io.safetensors_file import TensorEntry
 from qlora_dist.nf4.quantize import TORCH_DTYPES
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
+_FP8_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
 _SCALE_SUFFIXES = ("_scale_inv", "_scale")
 _MODULE_SCALES = (".scale", ".qscale_weight")
 """Names of scales in a module that transformers renames to `.weight_scale_inv`: DeepSeek-V4, Mistral Large 4."""
@@ -173,7 +173,7 @@ def make_fp8(
     Raises:
         UserError: the scales have an unsupported type or shape.
     """
-    if scale.dtype not in _SCALE_DTYPES:
+    if scale.dtype not in _FP8_SCALE_DTYPES:
         kind = format_tensor(scale.dtype, scale.shape)
         raise damaged_tensor_error(scale, scale_name, f"is {kind}, which is no type of scales")
     stem_length = len(name.removesuffix(".weight"))

@@ -28,7 +28,7 @@ from qlora_dist.nf4.quantize import TORCH_DTYPES
 
 MXFP4_GROUP = 32
 """Weights of a row that share a scale."""
-_SCALE_DTYPES = (torch.uint8, torch.float8_e8m0fnu, torch.float32)
+_MXFP4_SCALE_DTYPES = (torch.uint8, torch.float8_e8m0fnu, torch.float32)
 _DOUBLED = tuple(2 * value for value in FP4_VALUES)
 
 
@@ -141,7 +141,7 @@ def make_packed_mxfp4(
     weights = {}
     for matrix, (codes, scales) in each_matrix(weight_name, entry, scale):
         rows, half = codes.shape
-        kind = scale.dtype if scale.dtype in _SCALE_DTYPES else torch.uint8
+        kind = scale.dtype if scale.dtype in _MXFP4_SCALE_DTYPES else torch.uint8
         check_tensor(scales, scale_name, kind, (rows, 2 * half // MXFP4_GROUP))
         if 2 * half % MXFP4_GROUP:
             raise damaged_tensor_error(entry, name, f"has {2 * half} columns in groups of {MXFP4_GROUP}")
