@@ -110,7 +110,6 @@ def _content(value: Any, where: str) -> str:
     return "".join(texts)
 
 
-
 _MEDIA_TYPES = ("image", "video", "audio", "input_image", "input_audio")
 MEDIA_REMEDY = "only text is trained; take out the rows with images, videos or sounds"
 """End of the messages about rows with more than text."""

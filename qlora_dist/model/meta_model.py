@@ -199,7 +199,7 @@ class LossModel(transformers.PreTrainedModel):
     matrices: Mapping[str, Sequence[SourceMatrix]]
     """The folder's matrices behind each tensor that is in 4 bit in this model, by the same name."""
     towers: Towers
-    """What transformers' class has besides the language model; none of it is part of this model."""
+    """Parts of transformers' class that this model lacks, because they are not its language model."""
     takes_position_ids: bool
     """Whether the decoder takes position_ids. BLOOM and Mamba do not."""
 
