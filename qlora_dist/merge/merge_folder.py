@@ -28,6 +28,7 @@ from qlora_dist.merge.lora_update import (
     read_lora_update,
 )
 from qlora_dist.merge.merge_plan import MatrixMerge, MergeOptions, MergePlan, TensorMerge, make_merge_plan
+from qlora_dist.merge.published_config import exclude_modules
 from qlora_dist.merge.weight_rows import (
     base_weight_rows,
     dequantized_weight_rows,
@@ -301,6 +302,8 @@ def _config(folder: ModelFolder, plan: MergePlan, options: MergeOptions) -> dict
     config = dict(folder.config)
     if options.into != "nf4":
         config.pop("quantization_config", None)
+    if plan.unquantized_modules is not None:
+        config["quantization_config"] = exclude_modules(folder.config, plan.unquantized_modules)
     if options.dtype != "auto":
         config.pop("torch_dtype", None)
         config["dtype"] = str(COMPUTE_DTYPES[options.dtype]).removeprefix("torch.")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import Conv1d
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
@@ -45,6 +46,8 @@ PACKABLE_MODEL_TYPES = frozenset(
 )
 """Values of `model_type` for which transformers' masks follow position_ids. The masks of GPT-OSS, OPT, Falcon and AFMoE
 (transformers 5.23) silently let a sequence see the previous ones in its row."""
+
+_ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +114,21 @@ def takes_sequence_starts(model: PreTrainedModel) -> bool:
 def check_packing_support(model: PreTrainedModel) -> None:
     """Raise a UserError unless the model is known to keep the sequences of packed rows apart."""
     kind = model.config.get_text_config().model_type
-    if not takes_sequence_starts(model) and kind not in PACKABLE_MODEL_TYPES:
+    known = takes_sequence_starts(model) or kind in PACKABLE_MODEL_TYPES
+    if not known or not _has_only_attention(model):
         raise UserError(
             f"data.packing: a model of type {kind} with {attention_name(model)} "
             "attention may let the sequences of a packed row see each other; set data.packing: none"
         )
+
+
+def _has_only_attention(model: PreTrainedModel) -> bool:
+    """Return whether positions meet in attention alone, and not in a convolution, a recurrence or linear attention.
+
+    transformers' code for a CPU carries the states of such layers from one sequence of a row into the next one.
+    """
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    return kinds <= _ATTENTION_LAYER_TYPES and not any(isinstance(module, Conv1d) for module in model.modules())
 
 
 def add_sequence_starts(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:

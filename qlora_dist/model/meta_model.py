@@ -15,6 +15,7 @@ from qlora_dist.compat.torch import module_buffers, module_parameters
 from qlora_dist.compat.transformers import keep_in_fp32_modules
 from qlora_dist.config.sections import ModelConfig
 from qlora_dist.errors import UserError
+from qlora_dist.layers.dequantize import WeightLayout
 from qlora_dist.layers.embedding import QuantizedVocabMixin, use_quantized_vocab
 from qlora_dist.layers.experts import QuantizedExperts
 from qlora_dist.layers.linear import QuantizedLinear
@@ -29,6 +30,7 @@ from qlora_dist.model.norm import fuse_rms_norms
 from qlora_dist.model.quantizable import (
     QuantizableParameter,
     SourceMatrix,
+    WeightFormat,
     common_layout,
     has_tied_embeddings,
     quantizable_parameters,
@@ -37,6 +39,7 @@ from qlora_dist.model.quantizable import (
 from qlora_dist.model.weight_reads import find_weight_reads
 from qlora_dist.model.weight_sources import WeightSource, find_weight_sources
 from qlora_dist.nf4.nf4_layout import NF4Layout
+from qlora_dist.nf4.quantize import TORCH_DTYPES
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -44,31 +47,41 @@ COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.f
 def build_meta_model(folder: ModelFolder, config: ModelConfig, *, quantize: bool = True) -> LossModel:
     """Build a causal language model on meta with quantized layers, whose forward gives the loss.
 
-    Parameters that stay unquantized have the compute type. All parameters are frozen. Without `quantize`, matrices that
-    are in 16 bit in the folder stay so.
+    Parameters that stay unquantized have the compute type. All parameters are frozen. Without `quantize`, matrices stay
+    in 16 bit or in a published format, as the folder has them.
 
     Raises:
         UserError: the folder holds no causal language model that this transformers supports, or weights are missing.
     """
     dtype = COMPUTE_DTYPES[config.compute_dtype]
+    weight_format = WeightFormat(
+        quant_type=config.quant_type,
+        block_size=config.block_size,
+        double_quant=config.double_quant,
+        keep_format=config.keep_format or not quantize,
+    )
+    if config.keep_format and not folder.published:
+        raise UserError(
+            f"model.keep_format: {folder.path} is in {4 if folder.is_quantized else 16} bit, not in a published format "
+            "such as FP8; set model.keep_format: false"
+        )
     model = whole_model_on_meta(folder, dtype, config.attention)
     towers = keep_language_model(model, folder.path)
     if config.attention != "eager":
         set_packed_attention(model, config.attention)
     fuse_rms_norms(model)
     _keep_buffers_in_fp32(model)
-    sources = find_weight_sources(model, [*folder.entries, *folder.quantized])
+    sources = find_weight_sources(model, folder.names)
     scale, tied = measure_logit_scale(model), has_tied_embeddings(model)
     in_4_bit: dict[str, Sequence[SourceMatrix]] = {}
     reads = find_weight_reads(model)
     for target in list(quantizable_parameters(model, embeddings=True)):
         parts = source_matrices(target, sources, folder)
-        wants_4bit = not folder.is_quantized if target.role == "layer" else config.embeddings == "4bit"
-        if not (wants_4bit and quantize) and not any(part.name in folder.quantized for part in parts):
+        if config.keep_format and target.role == "layer" and not (target.experts or target.transposed):
+            _pack_unquantized(parts, folder)
+        if not _is_quantized_layer(target, parts, folder, config, weight_format):
             continue  # embeddings that stay in 16 bit, or layers that the folder's quantizer skipped
-        layout = common_layout(
-            parts, target, folder, config.quant_type, config.block_size, double_quant=config.double_quant
-        )
+        layout = common_layout(parts, target, folder, weight_format)
         _replace_with_quantized(model, target, layout, len(parts), dtype)
         if isinstance(layer := model.get_submodule(target.module), QuantizedLinear):
             layer.is_weight_read = target.module in reads
@@ -86,6 +99,28 @@ def build_meta_model(folder: ModelFolder, config: ModelConfig, *, quantize: bool
     model.__class__ = type(f"Loss{type(model).__name__}", (LossModel, type(model)), attributes)
     assert isinstance(model, LossModel)
     return model
+
+
+def _pack_unquantized(parts: Sequence[SourceMatrix], folder: ModelFolder) -> None:
+    """Let layers in 16 bit beside others in a published format be byte vectors too, so that they get adapters."""
+    for part in parts:
+        if folder.packed(part.name) is None and folder.entries[part.key].dtype in TORCH_DTYPES.values():
+            folder.pack_unquantized(part.key)
+
+
+def _is_quantized_layer(
+    target: QuantizableParameter,
+    parts: Sequence[SourceMatrix],
+    folder: ModelFolder,
+    config: ModelConfig,
+    weight_format: WeightFormat,
+) -> bool:
+    """Return whether a parameter becomes a byte vector."""
+    if any(part.name in folder.quantized for part in parts):
+        return True
+    if weight_format.keep_format:
+        return target.role == "layer" and any(part.name in folder.published for part in parts)
+    return not folder.is_quantized if target.role == "layer" else config.embeddings == "4bit"
 
 
 def transformers_names(model: nn.Module) -> dict[str, str]:
@@ -111,9 +146,14 @@ def get_decoder_layers(model: transformers.PreTrainedModel) -> nn.ModuleList:
 
 
 def _replace_with_quantized(
-    model: transformers.PreTrainedModel, target: QuantizableParameter, layout: NF4Layout, parts: int, dtype: torch.dtype
+    model: transformers.PreTrainedModel,
+    target: QuantizableParameter,
+    layout: WeightLayout,
+    parts: int,
+    dtype: torch.dtype,
 ) -> None:
     if target.role != "layer":
+        assert isinstance(layout, NF4Layout), "an embedding in a published format is dequantized on loading"
         use_quantized_vocab(model.get_submodule(target.module), layout, dtype)
         return
     if not target.experts:

@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
+from qlora_dist.compat.transformers import load_model_config
 from qlora_dist.errors import UserError
 from qlora_dist.layers.embedding import vocab_weight_names
 from qlora_dist.model.language_model import Towers, remove_towers
@@ -16,7 +17,7 @@ from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.model_support import check_model_class, check_text_config
 from qlora_dist.model.quantizable import has_tied_embeddings
 from qlora_dist.model.text_forward import check_text_forward
-from qlora_dist.model.weight_sources import find_weight_sources
+from qlora_dist.model.weight_sources import target_names
 
 
 def causal_lm_on_meta(folder: ModelFolder, dtype: torch.dtype, attention: str = "sdpa") -> transformers.PreTrainedModel:
@@ -53,7 +54,7 @@ def whole_model_on_meta(
         UserError: transformers has no such class.
     """
     try:
-        config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+        config = load_model_config(folder.path)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # it would make transformers quantize the model
         if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
@@ -61,6 +62,8 @@ def whole_model_on_meta(
         requested = "eager" if attention == "eager" else None  # None: SDPA where the architecture has it
         model = _from_config(config, dtype, requested)
         if has_tied_embeddings(model) and _stores_untied_head(model, folder):
+            if config.get_text_config() is config:
+                check_model_class(model, folder.path)  # other shared weights are shared no more below
             for part in (config, config.get_text_config()):
                 part.tie_word_embeddings = False
             model = _from_config(config, dtype, requested)
@@ -98,10 +101,10 @@ def _stores_untied_head(model: transformers.PreTrainedModel, folder: ModelFolder
     Merging a trained embedding and head produces such folders, and transformers keeps both tensors on loading.
     """
     embedding, head = vocab_weight_names(model)
-    names = [*folder.entries, *folder.quantized]
+    names = folder.names
     if not any(name.endswith(head.rpartition(".")[0].rpartition(".")[2] + ".weight") for name in names):
         return False  # the usual case; converting all names takes longer
-    sources = find_weight_sources(model, names)
-    if head not in sources or embedding not in sources:
+    keys = {target: key for key, target in target_names(model, names).items()}
+    if head not in keys or embedding not in keys:
         return False
-    return not folder.tensors_equal(sources[head].keys[0], sources[embedding].keys[0])
+    return not folder.tensors_equal(keys[head], keys[embedding])

@@ -51,6 +51,8 @@ def check_model_class(model: PreTrainedModel, path: Path) -> None:
     kind = model.config.model_type
     if (reason := _UNSUPPORTED.get(kind)) is not None:
         raise _unsupported(path, kind, reason)
+    if not hasattr(model.config.get_text_config(), "num_hidden_layers"):
+        raise _unsupported(path, kind, "has no single stack of decoder layers")
     attends = any(name.rpartition(".")[2] in _CROSS_ATTENTION for name, _ in model.named_modules())
     if attends or getattr(type(model.config), "is_encoder_decoder", False):
         raise _unsupported(path, kind, "attends to the states of an encoder")

@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
 )
 
 from qlora_dist.errors import UserError
+from qlora_dist.nf4.quant_state import expert_key
 
 _EXPERT_KEY = re.compile(r"(?P<tensor>.+)\.(?P<expert>\d+)\.weight")
 
@@ -37,11 +38,6 @@ class WeightSource:
     """Number of experts whose matrices are separate tensors; 0: `keys` are concatenated along the rows."""
     may_be_transposed: bool = False
     """Whether transformers transposes the tensor of all experts if its shape is not the parameter's."""
-
-
-def expert_key(key: str, expert: int) -> str:
-    """Return the name that one expert's matrix of a stacked tensor has in a 4-bit folder."""
-    return f"{key}.{expert}.weight"
 
 
 def stacked_tensor_name(key: str, expert: int) -> str:

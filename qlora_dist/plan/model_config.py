@@ -57,6 +57,7 @@ def language_model_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _TEXT_MODEL_TYPES = {
+    "kimi_k2": "deepseek_v3",
     "qwen2_vl": "qwen2",
     "qwen2_vl_text": "qwen2",
     "qwen2_5_vl": "qwen2",
@@ -64,5 +65,5 @@ _TEXT_MODEL_TYPES = {
     "qwen3_vl_text": "qwen3",
     "qwen3_vl_moe_text": "qwen3_moe",
 }
-"""Model types of text only with the same layers, by the type of a multimodal model or of its language model."""
+"""Model types with the same layers, by the type of another model or of a multimodal model."""
 _REQUIRED_KEYS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "intermediate_size")

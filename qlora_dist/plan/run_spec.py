@@ -136,4 +136,5 @@ def _run_model_spec(config: Config, model_config: Mapping[str, Any]) -> ModelSpe
         block_size=model.block_size,
         double_quant=double_quant,
         embeddings=model.embeddings,
+        keep_format=model.keep_format,
     )
