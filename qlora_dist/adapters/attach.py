@@ -30,8 +30,8 @@ def make_peft_config(
 ) -> peft.LoraConfig:
     """Make PEFT's configuration of the adapter that the section `lora` describes.
 
-    The model is on meta, without adapters. The adapter records `base`, the base model's folder. `left_out` names
-    modules and parameters that transformers' class has and the model lacks. PEFT must not adapt them.
+    The model is on meta, without adapters. The adapter records `base`, the base model's folder. `left_out` names the
+    modules and parameters of transformers' class that the model lacks. PEFT must not adapt them.
 
     Raises:
         UserError: the model lacks a target, experts, or a module of `modules_to_save`, or PEFT cannot adapt them so.

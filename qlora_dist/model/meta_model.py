@@ -239,7 +239,7 @@ class LossModel(transformers.PreTrainedModel):
     matrices: Mapping[str, Sequence[SourceMatrix]]
     """The folder's matrices behind each tensor that is in 4 bit in this model, by the same name."""
     towers: Towers
-    """The parts of transformers' class besides the language model, which this model lacks."""
+    """Parts of transformers' class that this model lacks, because they are not its language model."""
     takes_position_ids: bool
     """Whether the decoder takes position_ids. BLOOM and Mamba do not."""
 
