@@ -115,7 +115,10 @@ def make_merge_plan(folder: ModelFolder, adapter: SavedAdapter, options: MergeOp
         UserError: the adapter belongs to another model, or `into` does not apply to the folder.
     """
     if options.keep_format and not folder.published:
-        raise UserError(f"--keep-format: {folder.path} is not in a published format such as FP8; leave the option out")
+        raise UserError(
+            f"--keep-format: {folder.path} is not in a published format such as FP8; give the base that the run "
+            "trained on, or --no-keep-format"
+        )
     if options.into == "nf4" and not folder.is_quantized:
         raise UserError(f"{folder.path}: is not in 4 bit; quantize it first, or merge --into dequantized")
     if options.into == "original" and folder.is_quantized:

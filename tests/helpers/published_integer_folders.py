@@ -239,8 +239,10 @@ INTEGER_FORMATS: dict[str, Callable[[], IntegerFormat]] = {
 """Formats by name, for tests of whole folders."""
 
 
-def publish_folder(source: Path, out: Path, name: str) -> Mapping[str, torch.Tensor]:
-    """Write a 16-bit folder in a format: every linear layer of the decoder layers is quantized.
+def publish_folder(source: Path, out: Path, name: str, part: str = "", **changes: Any) -> Mapping[str, torch.Tensor]:
+    """Write a 16-bit folder in a format: linear layers of the decoder layers with `part` in their names are quantized.
+
+    `changes` are entries of config.json that differ from those in `source`.
 
     Returns:
         The values of the quantized weights, by the names that they have in `source`.
@@ -248,7 +250,7 @@ def publish_folder(source: Path, out: Path, name: str) -> Mapping[str, torch.Ten
     made = INTEGER_FORMATS[name]()
     tensors, values = {}, {}
     for key, weight in safetensors.torch.load_file(source / "model.safetensors").items():
-        if not key.endswith("_proj.weight") or weight.ndim != 2:
+        if not key.endswith("_proj.weight") or part not in key:
             tensors[key] = weight
             continue
         parts = made.quantize(weight)
@@ -257,5 +259,22 @@ def publish_folder(source: Path, out: Path, name: str) -> Mapping[str, torch.Ten
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors"))
     safetensors.torch.save_file(tensors, out / "model.safetensors", {"format": "pt"})
     config = json.loads((source / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {"quantization_config": made.config}))
+    (out / "config.json").write_text(json.dumps(config | {"quantization_config": made.config} | changes))
     return values
+
+
+def set_values(source: Path, values: Mapping[str, torch.Tensor]) -> Path:
+    """Give weights of a 16-bit folder other values, such as those that `publish_folder` returns."""
+    path = source / "model.safetensors"
+    safetensors.torch.save_file(safetensors.torch.load_file(path) | dict(values), path, {"format": "pt"})
+    return source
+
+
+KIMI_K2 = {
+    "model_type": "kimi_k2",
+    "auto_map": {
+        "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+    },
+}
+"""Entries of Kimi-K2's config.json that differ from DeepSeek-V3's."""

@@ -8,20 +8,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-import transformers
 
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
-from tests.helpers.published_integer_folders import INTEGER_FORMATS, publish_folder
-from tests.helpers.tiny_models import make_model, make_tokenizer
-
-
-def write_dequantized(source: Path, values: dict[str, torch.Tensor]) -> Path:
-    """Give the weights of a 16-bit folder the values of a published one."""
-    path = source / "model.safetensors"
-    safetensors.torch.save_file(safetensors.torch.load_file(path) | values, path, {"format": "pt"})
-    return source
+from tests.helpers.architectures import make_architecture
+from tests.helpers.published_integer_folders import INTEGER_FORMATS, KIMI_K2, publish_folder, set_values
+from tests.helpers.tiny_models import make_model
 
 
 def quantized_tensors(source: Path, out: Path) -> dict[str, torch.Tensor]:
@@ -32,7 +25,7 @@ def quantized_tensors(source: Path, out: Path) -> dict[str, torch.Tensor]:
 def check(source: Path, published: Path, values: dict[str, torch.Tensor], tmp_path: Path) -> None:
     assert ModelFolder(published).published.keys() == values.keys()
     actual = quantized_tensors(published, tmp_path / "published-nf4")
-    expected = quantized_tensors(write_dequantized(source, values), tmp_path / "source-nf4")
+    expected = quantized_tensors(set_values(source, values), tmp_path / "source-nf4")
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(actual[name], tensor), name
@@ -47,37 +40,8 @@ def test_same_as_the_dequantized_folder(tmp_path, name):
 
 
 def test_kimi_k2_is_opened_as_deepseek_v3(tmp_path):
-    source, published = make_deepseek(tmp_path / "source"), tmp_path / "published"
-    values = publish_folder(source, published, "int4")
-    assert any("mlp.experts.3.down_proj" in name for name in values)
-    config = json.loads((published / "config.json").read_text())
-    files = {"AutoConfig": "configuration_deepseek.DeepseekV3Config", "AutoModel": "modeling_deepseek.DeepseekV3Model"}
-    (published / "config.json").write_text(json.dumps(config | {"model_type": "kimi_k2", "auto_map": files}))
-    check(source, published, values, tmp_path)
+    source = make_architecture(tmp_path / "source", "DeepseekV3", torch.bfloat16)
+    values = publish_folder(source, tmp_path / "published", "int4", "mlp.experts", **KIMI_K2)
+    assert "model.layers.2.mlp.experts.3.down_proj.weight" in values
+    check(source, tmp_path / "published", values, tmp_path)
     assert json.loads((tmp_path / "published-nf4" / "config.json").read_text())["model_type"] == "kimi_k2"
-
-
-def make_deepseek(folder: Path) -> Path:
-    torch.manual_seed(0)
-    config = transformers.DeepseekV3Config(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=128,
-        moe_intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        first_k_dense_replace=1,
-        kv_lora_rank=16,
-        q_lora_rank=32,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=16,
-        v_head_dim=16,
-    )
-    transformers.DeepseekV3ForCausalLM(config).bfloat16().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
