@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -15,20 +15,25 @@ from transformers import PreTrainedModel
 from qlora_dist.adapters.lora import QuantizedLoraLinear
 from qlora_dist.adapters.lora_experts import QuantizedLoraExperts, peft_swaps_in_out
 from qlora_dist.adapters.targets import AdapterTargets, find_targets, peft_target_names, targets_from_peft_config
+from qlora_dist.adapters.trainable_tokens import grow_vocab_weight, trainable_token_indices, vocab_modules
 from qlora_dist.compat.peft import LoraLayer, dispatch_default, peft
 from qlora_dist.config.sections import LoraConfig
 from qlora_dist.errors import UserError
 from qlora_dist.io.adapter_files import target_module_name
 from qlora_dist.layers.experts import QuantizedExperts
 from qlora_dist.layers.linear import QuantizedLinear
+from qlora_dist.layers.token_rows import is_token_rows_parameter, use_token_rows
 
 ADAPTER_NAME = "default"
 
 
-def make_peft_config(model: PreTrainedModel, config: LoraConfig, base: str) -> peft.LoraConfig:
+def make_peft_config(
+    model: PreTrainedModel, config: LoraConfig, base: str, token_ids: Sequence[int] = ()
+) -> peft.LoraConfig:
     """Make PEFT's configuration of the adapter that the section `lora` describes.
 
-    The model is on meta, without adapters. The adapter records `base`, the base model's folder.
+    The model is on meta, without adapters. The adapter records `base`, the base model's folder. `token_ids` are the
+    rows of embedding and head that are trained, unless the whole module is.
 
     Raises:
         UserError: the model lacks a target, experts, or a module of `modules_to_save`, or PEFT cannot adapt them so.
@@ -48,6 +53,7 @@ def make_peft_config(model: PreTrainedModel, config: LoraConfig, base: str) -> p
         target_modules=modules,
         target_parameters=parameters or None,
         modules_to_save=modules_to_save or None,
+        trainable_token_indices=trainable_token_indices(model, token_ids, modules_to_save),
         ensure_weight_tying=bool(modules_to_save) and has_tied_head(model),
         use_rslora=config.rslora,
         use_dora=config.dora,
@@ -60,14 +66,21 @@ def attach_adapter(model: PreTrainedModel, config: peft.LoraConfig, name: str = 
     """Add a new fp32 adapter to a model on meta without adapters, and freeze all other parameters.
 
     PEFT's `inject_adapter_in_model` is not used, because its conversion of names from transformers 4 misreads a model
-    with QuantizedExperts. The model keeps its class and transformers' names.
+    with QuantizedExperts. The model keeps its class and transformers' names. Embedding and head get as many rows as the
+    model's configuration says, if they are trained whole.
     """
     modules_to_save = set(config.modules_to_save or ())
+    vocabulary = model.config.get_text_config().vocab_size
+    for path, module in vocab_modules(model).items():
+        if path in modules_to_save and module.weight.shape[0] < vocabulary:
+            grow_vocab_weight(module, vocabulary)
+    for path, ids in (config.trainable_token_indices or {}).items():
+        use_token_rows(vocab_modules(model)[path], ids, path)
     targets = targets_from_peft_config(model, config)
     for path in (*targets.linear, *targets.experts):
         add_lora_layer(model, path, config, name, config.r, config.lora_alpha)
     for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_lora_parameter(parameter_name))
+        parameter.requires_grad_(is_adapter_parameter(parameter_name))
     for path, module in model.named_modules():
         if path in modules_to_save:  # without PEFT's wrapper, which would keep the frozen module too
             module.to(torch.float32)
@@ -153,8 +166,13 @@ def has_tied_head(model: PreTrainedModel) -> bool:
 
 
 def is_lora_parameter(name: str) -> bool:
-    """Return whether the adapter adds the parameter of this name. The folder has the values of all others."""
+    """Return whether it is a matrix or magnitude of LoRA."""
     return "lora_" in name
+
+
+def is_adapter_parameter(name: str) -> bool:
+    """Return whether the adapter adds the parameter of this name. The folder has the values of all others."""
+    return is_lora_parameter(name) or is_token_rows_parameter(name)
 
 
 def is_lora_b_parameter(name: str) -> bool:
