@@ -192,7 +192,7 @@ def missing_module_error(adapter: SavedAdapter, module: str, base: Path) -> User
 
 
 def _saved_token_rows(module: str, entry: TensorEntry, config: Mapping[str, Any], path: Path) -> SavedTokenRows:
-    """Find the ids of a module's rows: PEFT has a list for the input embedding, or one by the end of a module's name."""
+    """Return a module's rows with their ids: PEFT lists ids for the input embedding, or by the end of a path."""
     indices = config.get("trainable_token_indices")
     if isinstance(indices, dict):
         indices = next((ids for name, ids in indices.items() if module.endswith(name)), None)

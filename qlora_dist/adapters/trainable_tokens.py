@@ -19,7 +19,7 @@ def vocab_modules(model: PreTrainedModel) -> dict[str, nn.Embedding | nn.Linear]
     """Return the embedding, and the output head unless it is tied, by path."""
     modules = {name.removesuffix(".weight"): None for name in vocab_weight_names(model)}
     found = {path: module for path, module in model.named_modules() if path in modules}
-    return {path: module for path, module in found.items() if any(True for _ in module.parameters())}  # type: ignore[misc]
+    return {path: module for path, module in found.items() if any(True for _ in module.parameters())}
 
 
 def trainable_token_indices(
@@ -55,7 +55,9 @@ def attach_saved_vocabulary(model: PreTrainedModel, adapters: Sequence[SavedAdap
     ids: dict[str, set[int]] = {path: set() for path in modules}
     vocabulary = model.config.get_text_config().vocab_size
     for adapter in adapters:
-        vocabulary = max(vocabulary, saved_vocabulary(adapter, {p: m.weight.shape[0] for p, m in modules.items()}, base))
+        vocabulary = max(
+            vocabulary, saved_vocabulary(adapter, {p: m.weight.shape[0] for p, m in modules.items()}, base)
+        )
         for path, rows in adapter.token_rows.items():
             ids[path].update(rows.ids)
     for path, module in modules.items():

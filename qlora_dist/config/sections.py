@@ -84,8 +84,8 @@ class LoraConfig(ConfigSection):
     experts: bool = False
     """Adapters for the experts of sparse models too, with separate matrices for each. Needs dropout 0, as in PEFT."""
     modules_to_save: list[str] = []
-    """Modules that are trained in full, by the last part of their names, such as [embed_tokens, lm_head]. Their weights are in fp32 and sharded like the adapters. A tied head follows its embedding, so name only
-    [embed_tokens] for it."""
+    """Modules that are trained in full, by the last part of their names, such as [embed_tokens, lm_head]. Their weights
+    are in fp32 and sharded like the adapters. A tied head follows its embedding, so name only [embed_tokens] for it."""
     trainable_tokens: list[NonEmptyStr] = []
     """Tokens of the tokenizer whose rows of embedding and head are trained too, such as reserved ones. Tokens of
     `model.add_tokens` need not be named."""

@@ -52,7 +52,9 @@ def find_new_tokens(config: Config, base: Path, embedding_rows: int) -> NewToken
     if any(token >= embedding_rows for token in ids):
         vocabulary = max(id_by_token.values()) + 1
     remarks = _remarks(new, [token for token in tokens if token not in new], id_by_token, embedding_rows, vocabulary)
-    return NewTokens(ids=tuple(sorted(ids | {*range(embedding_rows, vocabulary)})), vocabulary=vocabulary, remarks=remarks)
+    return NewTokens(
+        ids=tuple(sorted(ids | {*range(embedding_rows, vocabulary)})), vocabulary=vocabulary, remarks=remarks
+    )
 
 
 def assume_new_tokens(config: Config, embedding_rows: int) -> NewTokens:

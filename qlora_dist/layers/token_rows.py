@@ -55,8 +55,9 @@ def use_token_rows(module: nn.Embedding | nn.Linear, ids: Sequence[int], path: s
     assert added == list(range(weight_rows, weight_rows + len(added))), f"{path}: rows are missing before {added}"
     if isinstance(module, nn.Embedding):
         module.__class__ = type("TokenRowsEmbedding", (_TokenRowsEmbedding, type(module)), {})
-    module.token_ids = tuple(sorted(ids))
-    module.token_vocabulary = weight_rows + len(added)
+    # torch's types allow only tensors and modules as attributes of a module
+    module.token_ids = tuple(sorted(ids))  # type: ignore[assignment]
+    module.token_vocabulary = weight_rows + len(added)  # type: ignore[assignment]
     parameter = nn.Parameter(torch.empty(len(ids), h, dtype=torch.float32, device=module.weight.device))
     module.register_parameter(TOKEN_ROWS_NAME, parameter)
 

@@ -130,5 +130,10 @@ def _run_model_spec(config: Config, model_config: Mapping[str, Any]) -> ModelSpe
     if quantization.get("quant_method") == "bitsandbytes":
         double_quant = bool(quantization.get("bnb_4bit_use_double_quant", False))
     return make_model_spec(
-        model_config, config.lora, block_size=model.block_size, double_quant=double_quant, embeddings=model.embeddings
+        model_config,
+        config.lora,
+        block_size=model.block_size,
+        double_quant=double_quant,
+        embeddings=model.embeddings,
+        new_tokens=len({*model.add_tokens, *config.lora.trainable_tokens}),
     )

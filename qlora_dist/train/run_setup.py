@@ -203,8 +203,9 @@ def set_up_model(
     targets = find_targets(model, config.lora, base)
     rows = model.config.get_text_config().vocab_size
     new_tokens = new_tokens or find_new_tokens(config, folder.path, rows)
-    for remark in new_tokens.remarks if console is not None else ():
-        console.print(remark, markup=False, highlight=False)
+    if console is not None:
+        for remark in new_tokens.remarks:
+            console.print(remark, markup=False, highlight=False)
     set_vocabulary(model, new_tokens.vocabulary)
     adapter = make_peft_config(model, config.lora, base, new_tokens.ids)
     attach_adapter(model, adapter)
