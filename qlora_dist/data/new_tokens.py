@@ -77,7 +77,8 @@ def _remarks(
         remarks.append(f"model.add_tokens: {_list(spare)}: trained in spare rows, of which the embedding has {rows:,}")
     if vocabulary > rows:
         remarks.append(
-            f"model.add_tokens: {vocabulary - rows} rows follow the {rows:,} of the embedding, and of a head of its own"
+            f"model.add_tokens: embedding and head get {vocabulary - rows} rows after their {rows:,}, for tokens "
+            "without one"
         )
     return tuple(remarks)
 

@@ -86,8 +86,8 @@ def _shipped(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
         if len(tokenizer(_CHATML_END, add_special_tokens=False, verbose=False)["input_ids"]) != 1:
             # Generation can stop at a single token only.
             raise UserError(
-                f"data.chat_template: chatml: the tokenizer has no token {_CHATML_END}, which ends a turn; write "
-                "alpaca or guanaco, or use a model whose tokenizer has that token"
+                f"data.chat_template: chatml: the tokenizer has no token {_CHATML_END}, which ends a turn; add it "
+                "with model.add_tokens: [<|im_start|>, <|im_end|>], or write alpaca or guanaco"
             )
     elif tokenizer.eos_token is None:
         raise UserError(

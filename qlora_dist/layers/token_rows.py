@@ -97,7 +97,9 @@ class _TokenRowsEmbedding(_Embedding):
         position = torch.searchsorted(ids, x).clamp_(max=len(rows.ids) - 1)
         is_token = ids[position] == x
         looked_up = super().forward(x.masked_fill(is_token, 0), *args)
-        own = nn.functional.embedding(position, rows.values.to(looked_up.dtype))
+        # the row of the padding token gets no gradient, as in torch
+        padding = rows.ids.index(self.padding_idx) if self.padding_idx in rows.ids else None
+        own = nn.functional.embedding(position, rows.values.to(looked_up.dtype), padding)
         scale = getattr(self, "embed_scale", None)  # as in PEFT, for Gemma's class and others that scale
         if scale is not None:
             own = own * (scale.to(own.dtype) if isinstance(scale, torch.Tensor) else scale)

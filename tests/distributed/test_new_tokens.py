@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from rich.console import Console
 from safetensors.torch import load_file
 
 from qlora_dist.adapters.attach import init_lora_weight, seed_from_name
@@ -17,8 +18,8 @@ from qlora_dist.config.config_file import load_config
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
 from qlora_dist.inference.eval_loss import compute_eval_loss
-from qlora_dist.inference.inference_commands import ModelOptions, PromptOptions, run_generate
 from qlora_dist.inference.generate import SamplingOptions
+from qlora_dist.inference.inference_commands import ModelOptions, PromptOptions, run_generate
 from qlora_dist.inference.inference_config import inference_config
 from qlora_dist.inference.inference_model import open_inference_model
 from qlora_dist.inference.named_adapter import parse_named_adapters
@@ -32,7 +33,6 @@ from qlora_dist.runs.run_dir import run_path
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.train.run_setup import set_up_run
 from qlora_dist.train.run_training import run_training
-from rich.console import Console
 from tests.helpers import tiny_models
 from tests.helpers.architectures import dequantized_model
 from tests.helpers.ranks import run_ranks
@@ -194,3 +194,126 @@ def _held_out_losses(config: Config, adapters: Any) -> list[float]:
             found.append(compute_eval_loss(loaded, str(config.data.eval)).loss)
     assert found[0] == found[2]
     return found
+
+
+@pytest.mark.slow
+def test_a_run_resumes_on_another_number_of_ranks(tmp_path: Path) -> None:
+    _, quantized = make_bases(tmp_path, vocab_size=300)  # the tokenizer has five tokens more
+    path = write_config(tmp_path, quantized)
+    whole = resolve(path, "whole")
+    run_ranks(1, run_training, whole)
+    run_ranks(2, run_training, resolve(path, "parts", "train.steps=2", ranks=2))
+    for engine, ranks in (("zero3", 3), ("fsdp2", 1)):
+        steps = STEPS - 1 if ranks == 3 else STEPS
+        parts = resolve(path, "parts", f"train.steps={steps}", f"parallel.engine={engine}", ranks=ranks)
+        run_ranks(ranks, run_training, parts)
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+    assert adapter_difference(adapter_tensors(whole), adapter_tensors(parts)) < 1e-4
+    assert adapter_tensors(parts)[f"{PREFIX}lm_head.token_adapter.trainable_tokens_delta"].shape == (7, 64)
+    with pytest.raises(RuntimeError, match=r"was made with lora\.trainable_tokens: \[\], not"):
+        run_ranks(1, run_training, resolve(path, "parts", "train.steps=5", "lora.trainable_tokens=[alpha]"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tied", "names"), [(False, ["embed_tokens", "lm_head"]), (True, ["embed_tokens"])])
+def test_modules_trained_whole(tied: bool, names: list[str], tmp_path: Path) -> None:
+    """The whole embedding and head are trained, and have the added rows."""
+    source, quantized = make_bases(tmp_path, vocab_size=305, tie_word_embeddings=tied)
+    path = write_config(tmp_path, quantized)
+    whole = f"lora.modules_to_save={json.dumps(names)}"
+    one, two = resolve(path, "one", whole), resolve(path, "two", whole, ranks=2)
+    rows_only = resolve(path, "rows")
+    for config, ranks in ((one, 1), (two, 2), (rows_only, 1)):
+        run_ranks(ranks, run_training, config)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert losses(one)[0] == pytest.approx(losses(rows_only)[0], rel=1e-5), "the rows begin with the same values"
+    out = run_path(two.run) / "adapter"
+    tensors = adapter_tensors(two)
+    assert tensors[f"{PREFIX}model.embed_tokens.weight"].shape == (307, 64)
+    check_peft(out, source, quantized, 307)
+    check_inference(two, eval_losses(two)[-1], quantized)
+    merge_folder(None, out, tmp_path / "merged", MergeOptions(dtype="fp32"), Console(quiet=True))
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.vocab_size == 307
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(merged.state_dict()[name], tensors[f"{PREFIX}{name}"])
+
+
+@pytest.mark.slow
+def test_an_embedding_in_4_bit(tmp_path: Path) -> None:
+    source = tiny_models.make_model(tmp_path / "source", dtype=torch.float32, vocab_size=305)
+    quantized = quantize_folder(source, tmp_path / "nf4", QuantizeOptions(embeddings="4bit")).out
+    config = resolve(write_config(tmp_path, quantized), "run", ranks=2)
+    run_ranks(2, run_training, config)
+    out = run_path(config.run) / "adapter"
+    check_inference(config, eval_losses(config)[-1], quantized)
+    with pytest.raises(
+        UserError, match=r"embed_tokens|lm_head.* in 4 bit, where single rows cannot change; merge --into"
+    ):
+        merge_folder(None, out, tmp_path / "merged", MergeOptions(into="nf4"), Console(quiet=True))
+    assert not (tmp_path / "merged").exists()
+    merge_folder(None, out, tmp_path / "merged", MergeOptions(dtype="fp32"), Console(quiet=True))
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    trained = adapter_tensors(config)[f"{PREFIX}lm_head.token_adapter.trainable_tokens_delta"]
+    assert torch.equal(merged.get_output_embeddings().weight[305:], trained)
+    held_out = inference_config(str(tmp_path / "merged"), None, str(config.data.eval), ["train.device=cpu"])
+    held_out = held_out.model_copy(
+        update={
+            "data": held_out.data.model_copy(update={"seq_len": 96}),
+            "model": held_out.model.model_copy(update={"compute_dtype": "fp32"}),
+        }
+    )
+    with open_inference_model(held_out, quantize=False) as loaded:
+        assert compute_eval_loss(loaded, str(config.data.eval)).loss == pytest.approx(eval_losses(config)[-1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_scaled_embedding_and_a_run_that_starts_from_the_adapter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gemma's embedding is tied and scaled, and its logits have a cap. Existing tokens are trained too."""
+    source, quantized = make_bases(
+        tmp_path, arch="Gemma2", tie_word_embeddings=True, vocab_size=310, final_logit_softcapping=3.0
+    )
+    path = write_config(tmp_path, quantized, data__packing="none")
+    reserved = "lora.trainable_tokens=[alpha, <|im_start|>]"
+    config = resolve(path, "run", reserved, "train.steps=2", ranks=2)
+    run_ranks(2, run_training, config)
+    expected = peft_reference(resolve(path, "reference", reserved), source, quantized)
+    assert losses(config) == pytest.approx(expected[:2], rel=1e-5)
+    out = run_path(config.run) / "adapter"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    ids = sorted(tokenizer.convert_tokens_to_ids(["alpha", "<|im_start|>", *NEW]))
+    assert json.loads((out / "adapter_config.json").read_text())["trainable_token_indices"] == {
+        "model.embed_tokens": ids
+    }
+    again = resolve(path, "again", reserved, "train.steps=1", f"lora.from={out}", ranks=2)
+    run_ranks(2, run_training, again)
+    assert eval_losses(again)[0] == pytest.approx(eval_losses(config)[-1], rel=1e-6)
+    with pytest.raises(UserError, match=r"^lora\.from: .* trains other rows of model\.embed_tokens than this run"):
+        set_up_run(resolve(path, "other", f"lora.from={out}"), read_rank_info({}))
+
+    options = ModelOptions([f"tools={out}"], overrides=["train.device=cpu"])
+    run_generate(options, PromptOptions(prompt="<tool>alpha"), SamplingOptions(max_new_tokens=3, temperature=0.0))
+    assert capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_chat_tokens_on_a_base_model(tmp_path: Path) -> None:
+    """The tokens that end a turn are added to a model that has none, and generation stops at them."""
+    source = tiny_models.make_model(tmp_path / "source", dtype=torch.float32, vocab_size=320)
+    tokenizer = tiny_models.make_tokenizer(None)
+    tokenizer_file = json.loads(tokenizer.backend_tokenizer.to_str())
+    text = json.dumps(tokenizer_file).replace("<|im_start|>", "<s0>").replace("<|im_end|>", "<s1>")
+    (source / "tokenizer.json").write_text(text)
+    plain = transformers.PreTrainedTokenizerFast(tokenizer_file=str(source / "tokenizer.json"), eos_token="<s1>")
+    plain.save_pretrained(source)
+    (source / "chat_template.jinja").unlink(missing_ok=True)
+    path = tiny_models.make_config(tmp_path, source, train__steps=1)
+    template = "data.chat_template=chatml"
+    with pytest.raises(UserError, match=r"the tokenizer has no token <\|im_end\|>, which ends a turn; add it with"):
+        set_up_run(load_config(path, [template]), read_rank_info({}))
+    config = load_config(path, [template, 'model.add_tokens=["<|im_start|>", "<|im_end|>"]'])
+    run_ranks(2, run_training, config)
+    trained = transformers.AutoTokenizer.from_pretrained(run_path(config.run) / "adapter")
+    assert trained.eos_token == "<|im_end|>" and trained.eos_token_id == 306
