@@ -15,14 +15,14 @@ from transformers import PreTrainedModel
 from qlora_dist.adapters.lora import QuantizedLoraLinear
 from qlora_dist.adapters.lora_experts import QuantizedLoraExperts, peft_swaps_in_out
 from qlora_dist.adapters.targets import AdapterTargets, find_targets, peft_target_names, targets_from_peft_config
-from qlora_dist.adapters.trainable_tokens import grow_vocab_weight, trainable_token_indices, vocab_modules
+from qlora_dist.adapters.trainable_tokens import attach_vocabulary, trainable_token_indices
 from qlora_dist.compat.peft import LoraLayer, dispatch_default, peft
 from qlora_dist.config.sections import LoraConfig
 from qlora_dist.errors import UserError
 from qlora_dist.io.adapter_files import target_module_name
 from qlora_dist.layers.experts import QuantizedExperts
 from qlora_dist.layers.linear import QuantizedLinear
-from qlora_dist.layers.token_rows import is_token_rows_parameter, use_token_rows
+from qlora_dist.layers.token_rows import is_token_rows_parameter
 
 ADAPTER_NAME = "default"
 
@@ -70,12 +70,8 @@ def attach_adapter(model: PreTrainedModel, config: peft.LoraConfig, name: str = 
     model's configuration says, if they are trained whole.
     """
     modules_to_save = set(config.modules_to_save or ())
-    vocabulary = model.config.get_text_config().vocab_size
-    for path, module in vocab_modules(model).items():
-        if path in modules_to_save and module.weight.shape[0] < vocabulary:
-            grow_vocab_weight(module, vocabulary)
-    for path, ids in (config.trainable_token_indices or {}).items():
-        use_token_rows(vocab_modules(model)[path], ids, path)
+    if modules_to_save or config.trainable_token_indices:
+        attach_vocabulary(model, modules_to_save, config.trainable_token_indices or {})
     targets = targets_from_peft_config(model, config)
     for path in (*targets.linear, *targets.experts):
         add_lora_layer(model, path, config, name, config.r, config.lora_alpha)

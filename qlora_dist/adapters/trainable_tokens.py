@@ -26,8 +26,9 @@ def trainable_token_indices(
     model: PreTrainedModel, ids: Sequence[int], modules_to_save: Collection[str]
 ) -> dict[str, list[int]] | None:
     """Return the value of PEFT's key: the rows of embedding and untied head, without modules that are trained whole."""
-    indices = {path: list(ids) for path in vocab_modules(model) if path not in modules_to_save}
-    return indices if ids and indices else None
+    if not ids:
+        return None
+    return {path: list(ids) for path in vocab_modules(model) if path not in modules_to_save} or None
 
 
 def set_vocabulary(model: PreTrainedModel, rows: int) -> None:
@@ -41,6 +42,21 @@ def grow_vocab_weight(module: nn.Module, rows: int) -> None:
         grown = torch.empty(rows, *parameter.shape[1:], dtype=parameter.dtype, device=parameter.device)
         setattr(module, name, nn.Parameter(grown, requires_grad=parameter.requires_grad))
     setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", rows)
+
+
+def attach_vocabulary(
+    model: PreTrainedModel, modules_to_save: Collection[str], token_indices: Mapping[str, Sequence[int]]
+) -> None:
+    """Give embedding and head of a model on meta the rows that an adapter adds or trains, without values.
+
+    Modules that are trained whole get as many rows as the model's configuration says.
+    """
+    modules, vocabulary = vocab_modules(model), model.config.get_text_config().vocab_size
+    for path, module in modules.items():
+        if path in modules_to_save and module.weight.shape[0] < vocabulary:
+            grow_vocab_weight(module, vocabulary)
+    for path, ids in token_indices.items():
+        use_token_rows(modules[path], ids, path)
 
 
 def attach_saved_vocabulary(model: PreTrainedModel, adapters: Sequence[SavedAdapter], base: Path) -> None:
