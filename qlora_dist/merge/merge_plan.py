@@ -261,8 +261,8 @@ def _plan_replaced_tensors(
     for name, entry in trained.items():
         if tied and name == head:
             is_untied = embedding not in trained or not tensors_equal(entry, trained[embedding])
-            if is_untied:
-                replaced[head] = entry
+            if is_untied or head in keys:  # the folder may store a tied head too
+                replaced[keys.get(head, head)] = entry
         elif name not in keys:
             raise UserError(
                 f"{adapter.path}: has {name}, which the base lacks; give the model that it was trained on with --base"

@@ -45,8 +45,8 @@ def make_adapter(base: Path, out: Path, indices: Any, *, rows: int = 300, seed: 
     adapted = peft.get_peft_model(model, config)
     torch.manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name or "trainable_tokens" in name:
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
                 parameter.normal_(std=0.2)
     adapted.peft_config["default"].base_model_name_or_path = str(base)
     adapted.save_pretrained(out, save_embedding_layers=False)
@@ -90,19 +90,24 @@ def test_adapters_of_pefts_own(tied: bool, tmp_path: Path) -> None:
             torch.testing.assert_close(merged(input_ids=PROMPT).logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_tied_head_that_the_folder_stores_is_merged_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_tied_head_that_the_folder_stores_is_merged_too(whole: bool, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", tie_word_embeddings=True)
     tensors = load_file(base / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    make_adapter(base, tmp_path / "adapter", [7, 300, 301], rows=302)
+    settings: dict[str, Any] = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True} if whole else {}
+    make_adapter(base, tmp_path / "adapter", None if whole else [7, 300, 301], rows=302, **settings)
     out = merge_folder(base, tmp_path / "adapter", tmp_path / "out", MergeOptions(into="original"), QUIET).out
     merged, trained = (
         load_file(out / "model-00001-of-00001.safetensors"),
         load_file(tmp_path / "adapter" / "adapter_model.safetensors"),
     )
     assert torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
-    assert torch.equal(merged["lm_head.weight"][[7, 300, 301]], trained[KEY.format("model.embed_tokens")])
+    if whole:
+        assert torch.equal(merged["lm_head.weight"], trained["base_model.model.model.embed_tokens.weight"])
+    else:
+        assert torch.equal(merged["lm_head.weight"][[7, 300, 301]], trained[KEY.format("model.embed_tokens")])
     assert len(merged["lm_head.weight"]) == 302
 
 
@@ -130,8 +135,8 @@ def test_adapters_that_do_not_fit(tmp_path: Path) -> None:
         for function in (load, merge):
             message = refused(lambda function=function, adapter=adapter: function(adapter))
             assert message == (
-                f"{adapter}: was trained on a model with 302 tokens, and neither it nor {base} has all of these rows of "
-                f"{module}; give the resized model with --base"
+                f"{adapter}: was trained on a model with 302 tokens, and neither it nor {base} has all of these rows "
+                f"of {module}; give the resized model with --base"
             )
     assert not (tmp_path / "out").exists()
     assert refused(lambda: load(whole, rows)) == (
@@ -157,6 +162,6 @@ def test_indices_that_do_not_match_the_rows(indices: Any, tmp_path: Path) -> Non
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"trainable_token_indices": indices}))
     assert refused(lambda: read_saved_adapter(tmp_path / "adapter")) == (
-        f"{tmp_path / 'adapter'}: has rows of model.embed_tokens of the shape (2, 64), which trainable_token_indices in "
-        "adapter_config.json does not match; export the adapter again"
+        f"{tmp_path / 'adapter'}: has rows of model.embed_tokens of the shape (2, 64), which trainable_token_indices "
+        "in adapter_config.json does not match; export the adapter again"
     )
