@@ -90,7 +90,7 @@ def attach_saved_vocabulary(model: PreTrainedModel, adapters: Sequence[SavedAdap
 
 
 def saved_vocabulary(adapter: SavedAdapter, base_rows: Mapping[str, int], base: Path) -> int:
-    """Return the rows of embedding and head with which an adapter was trained, at least those of the base.
+    """Return the rows of embedding and head with which an adapter was trained, at least the base's number.
 
     `base_rows` has the rows of the base's embedding and untied head, by path.
 

@@ -77,7 +77,7 @@ def is_token_rows_parameter(name: str) -> bool:
 
 
 def add_token_rows_to_logits(logits: torch.Tensor, hidden: torch.Tensor, rows: TokenRows) -> torch.Tensor:
-    """Return logits [..., vocabulary] of all rows, given those of the weight alone and the head's input [..., h]."""
+    """Return logits [..., vocabulary] of all rows, given the weight's logits and the head's input [..., h]."""
     whole = logits.new_empty(*logits.shape[:-1], rows.vocabulary)
     whole[..., : logits.shape[-1]] = logits
     whole[..., rows.index(logits.device)] = hidden @ rows.values.to(hidden.dtype).t()

@@ -1,8 +1,8 @@
 """Values before training of the rows that tokens get in embedding and head, as transformers gives them.
 
-`PreTrainedModel.resize_token_embeddings` samples each added row from a normal distribution with the mean and 1e-9 times
-the covariance of the old rows, or takes their mean if that covariance is not positive definite. Here the old rows are
-read in chunks, twice, so no rank holds the matrix.
+`PreTrainedModel.resize_token_embeddings` samples each added row from a normal distribution with the mean of the old
+rows and 1e-9 times their covariance. If that is not positive definite, it takes the mean. Here the old rows are read in
+chunks, twice, so no rank holds the matrix.
 """
 
 from __future__ import annotations

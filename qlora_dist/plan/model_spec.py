@@ -93,7 +93,7 @@ def make_model_spec(
 ) -> ModelSpec:
     """Return the specification of a model with its adapters, from the content of config.json.
 
-    Each of the `new_tokens` has a row of embedding and head that follows those of config.json and is trained.
+    Each of the `new_tokens` has a trained row of embedding and head, after the rows that config.json counts.
 
     Raises:
         UserError: the architecture is not supported.

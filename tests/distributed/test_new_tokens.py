@@ -138,7 +138,7 @@ def test_from_training_to_a_merged_model(tied: bool, vocabulary: int, tmp_path: 
 
 
 def check_peft(out: Path, source: Path, quantized: Path, vocabulary: int) -> None:
-    """Compare the logits of this package with those of PEFT on the resized model."""
+    """Compare this package's logits with PEFT's on the resized model."""
     plain = dequantized_model(source, quantized)
     plain.resize_token_embeddings(vocabulary, mean_resizing=False)
     adapted = peft.PeftModel.from_pretrained(plain, out).eval()

@@ -51,7 +51,7 @@ def compose(weight: torch.Tensor, ids: tuple[int, ...], values: torch.Tensor) ->
 
 @pytest.mark.parametrize("ids", ID_SETS)
 @pytest.mark.parametrize("kind", ["tied", "untied", "tied 4bit", "untied 4bit"])
-def test_loss_and_gradients_equal_those_of_the_whole_matrix(
+def test_loss_and_gradients_equal_the_whole_matrixs(
     kind: str, ids: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss_module, "LOSS_CHUNK_LOGITS", 5 * 22)  # several chunks, of several blocks
