@@ -61,7 +61,7 @@ def write_nf4(folder: Path, layers: int, **settings: Any) -> int:
     specs: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
     for name, shape in shapes.items():
         specs += quant_state_specs(name, layouts[name]) if name in layouts else [(name, torch.bfloat16, shape)]
-    writer = _begin(folder, config, specs, {"quantization_config": NF4})
+    writer = begin_folder(folder, config, specs, {"quantization_config": NF4})
     generator = np.random.default_rng(0)
     for name, shape in shapes.items():
         if name in layouts:
@@ -80,7 +80,7 @@ def write_nf4(folder: Path, layers: int, **settings: Any) -> int:
 def write_bf16(folder: Path, layers: int) -> int:
     """Write a folder in bf16 with normally distributed weights, and return the bytes of its weights."""
     config, shapes, _ = llama(layers)
-    writer = _begin(folder, config, [(name, torch.bfloat16, shape) for name, shape in shapes.items()], {})
+    writer = begin_folder(folder, config, [(name, torch.bfloat16, shape) for name, shape in shapes.items()], {})
     pool = torch.empty(2**26, dtype=torch.bfloat16).normal_(std=0.02)  # repeated, because drawing takes long
     for index, (name, shape) in enumerate(shapes.items()):
         weight = pool.roll(index * 4097)[: torch.Size(shape).numel()]
@@ -89,7 +89,9 @@ def write_bf16(folder: Path, layers: int) -> int:
     return (folder / "model.safetensors").stat().st_size
 
 
-def _begin(folder: Path, config: transformers.LlamaConfig, specs: Any, more: dict[str, Any]) -> SafetensorsWriter:
+def begin_folder(
+    folder: Path, config: transformers.PreTrainedConfig, specs: Any, more: dict[str, Any]
+) -> SafetensorsWriter:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict() | {"dtype": "bfloat16"} | more))
     return SafetensorsWriter(folder / "model.safetensors", specs)

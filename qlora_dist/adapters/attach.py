@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -28,19 +28,20 @@ ADAPTER_NAME = "default"
 
 
 def make_peft_config(
-    model: PreTrainedModel, config: LoraConfig, base: str, token_ids: Sequence[int] = ()
+    model: PreTrainedModel, config: LoraConfig, base: str, left_out: Collection[str] = (), token_ids: Sequence[int] = ()
 ) -> peft.LoraConfig:
     """Make PEFT's configuration of the adapter that the section `lora` describes.
 
-    The model is on meta, without adapters. The adapter records `base`, the base model's folder. `token_ids` are the
-    rows of embedding and head that are trained, unless the whole module is.
+    The model is on meta, without adapters. The adapter records `base`, the base model's folder. `left_out` names the
+    modules and parameters that transformers' class has besides those of the model. PEFT must not adapt them.
+    `token_ids` are the rows of embedding and head that are trained, unless the whole module is.
 
     Raises:
         UserError: the model lacks a target, experts, or a module of `modules_to_save`, or PEFT cannot adapt them so.
     """
     targets = find_targets(model, config, base)
     modules_to_save = _modules_to_save(model, config.modules_to_save, base)
-    modules, parameters = peft_target_names(model, targets)
+    modules, parameters = peft_target_names(model, targets, left_out)
     if config.dora and (names := sorted({target_module_name(p.removesuffix(".weight")) for p in parameters})):
         raise UserError(
             f"lora.dora: PEFT adapts {', '.join(names)} of this model as parameters, without DoRA; set "
@@ -62,16 +63,18 @@ def make_peft_config(
     )
 
 
-def attach_adapter(model: PreTrainedModel, config: peft.LoraConfig, name: str = ADAPTER_NAME) -> None:
+def attach_adapter(
+    model: PreTrainedModel, config: peft.LoraConfig, name: str = ADAPTER_NAME, *, vocabulary: int = 0
+) -> None:
     """Add a new fp32 adapter to a model on meta without adapters, and freeze all other parameters.
 
     PEFT's `inject_adapter_in_model` is not used, because its conversion of names from transformers 4 misreads a model
-    with QuantizedExperts. The model keeps its class and transformers' names. Embedding and head get as many rows as the
-    model's configuration says, if they are trained whole.
+    with QuantizedExperts. The model keeps its class and transformers' names. Embedding and head get
+    at least `vocabulary` rows, if they are trained whole.
     """
     modules_to_save = set(config.modules_to_save or ())
     if modules_to_save or config.trainable_token_indices:
-        attach_vocabulary(model, modules_to_save, config.trainable_token_indices or {})
+        attach_vocabulary(model, modules_to_save, config.trainable_token_indices or {}, vocabulary)
     targets = targets_from_peft_config(model, config)
     for path in (*targets.linear, *targets.experts):
         add_lora_layer(model, path, config, name, config.r, config.lora_alpha)

@@ -42,6 +42,7 @@ def lora_matmul(
     adapter_rows = None if dropped is None else dropped.reshape(-1, x.shape[-1])
     a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
     if torch.compiler.is_compiling():
+        assert isinstance(base.layout, NF4Layout), "the configuration refuses other layouts"
         y: torch.Tensor = _lora_matmul_op(
             rows, adapter_rows, a, b, base.packed, base.bias, scaling, *_layout_args(base.layout)
         )[0]

@@ -188,7 +188,10 @@ def missing_module_error(adapter: SavedAdapter, module: str, base: Path) -> User
             f"{adapter.path}: adapts {module}, one expert's layer as transformers 4 had it; load the adapter with PEFT "
             "(PeftModel.from_pretrained) and save it again (save_pretrained), which joins the experts"
         )
-    return UserError(f"{adapter.path}: adapts {module}, which {base} lacks; give the model that it was trained on")
+    return UserError(
+        f"{adapter.path}: adapts {module}, which the language model of {base} lacks; give the model that it was "
+        "trained on, or use an adapter of other parts with PEFT"
+    )
 
 
 def _saved_token_rows(module: str, entry: TensorEntry, config: Mapping[str, Any], path: Path) -> SavedTokenRows:

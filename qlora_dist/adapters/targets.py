@@ -95,8 +95,12 @@ def targets_from_peft_config(model: nn.Module, config: peft.LoraConfig) -> Adapt
     return AdapterTargets(tuple(linear), tuple(experts))
 
 
-def peft_target_names(model: PreTrainedModel, targets: AdapterTargets) -> tuple[list[str], list[str]]:
+def peft_target_names(
+    model: PreTrainedModel, targets: AdapterTargets, left_out: Collection[str] = ()
+) -> tuple[list[str], list[str]]:
     """Return `target_modules` and `target_parameters` with which PEFT adapts exactly the targets.
+
+    `left_out` names modules and parameters of transformers' class that the model lacks, such as those of a tower.
 
     If a model's experts were linear layers in transformers 4, PEFT mistakes some names of linear layers for experts
     (`_convert_peft_config_moe`). Such layers are named by their parameter, as `mlp.up_proj.weight`, which PEFT does not
@@ -112,8 +116,8 @@ def peft_target_names(model: PreTrainedModel, targets: AdapterTargets) -> tuple[
         for name in module_parameters(module)
     ]
     return (
-        _shortest_suffixes(plain, modules, (target_module_name, _in_layer)),
-        _shortest_suffixes([*as_parameters, *targets.experts], parameters, (_in_layer,)),
+        _shortest_suffixes(plain, [*modules, *left_out], (target_module_name, _in_layer)),
+        _shortest_suffixes([*as_parameters, *targets.experts], [*parameters, *left_out], (_in_layer,)),
     )
 
 

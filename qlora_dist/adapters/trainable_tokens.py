@@ -45,13 +45,16 @@ def grow_vocab_weight(module: nn.Module, rows: int) -> None:
 
 
 def attach_vocabulary(
-    model: PreTrainedModel, modules_to_save: Collection[str], token_indices: Mapping[str, Sequence[int]]
+    model: PreTrainedModel,
+    modules_to_save: Collection[str],
+    token_indices: Mapping[str, Sequence[int]],
+    vocabulary: int,
 ) -> None:
     """Give embedding and head of a model on meta the rows that an adapter adds or trains, without values.
 
-    Modules that are trained whole get as many rows as the model's configuration says.
+    Modules that are trained whole get at least `vocabulary` rows.
     """
-    modules, vocabulary = vocab_modules(model), model.config.get_text_config().vocab_size
+    modules = vocab_modules(model)
     for path, module in modules.items():
         if path in modules_to_save and module.weight.shape[0] < vocabulary:
             grow_vocab_weight(module, vocabulary)
@@ -69,11 +72,10 @@ def attach_saved_vocabulary(model: PreTrainedModel, adapters: Sequence[SavedAdap
     """
     modules = vocab_modules(model)
     ids: dict[str, set[int]] = {path: set() for path in modules}
-    vocabulary = model.config.get_text_config().vocab_size
+    base_rows = {path: module.weight.shape[0] for path, module in modules.items()}
+    vocabulary = max(base_rows.values())
     for adapter in adapters:
-        vocabulary = max(
-            vocabulary, saved_vocabulary(adapter, {p: m.weight.shape[0] for p, m in modules.items()}, base)
-        )
+        vocabulary = max(vocabulary, saved_vocabulary(adapter, base_rows, base))
         for path, rows in adapter.token_rows.items():
             ids[path].update(rows.ids)
     for path, module in modules.items():
@@ -86,7 +88,8 @@ def attach_saved_vocabulary(model: PreTrainedModel, adapters: Sequence[SavedAdap
             grow_vocab_weight(module, vocabulary)
         elif ids[path]:
             use_token_rows(module, sorted(ids[path] | {*range(module.weight.shape[0], max(ids[path]) + 1)}), path)
-    set_vocabulary(model, vocabulary)
+    if vocabulary > max(base_rows.values()):
+        set_vocabulary(model, vocabulary)
 
 
 def saved_vocabulary(adapter: SavedAdapter, base_rows: Mapping[str, int], base: Path) -> int:

@@ -14,7 +14,7 @@ model_app = typer.Typer()
 
 @model_app.command()
 def quantize(
-    source: Annotated[Path, typer.Argument(help="Folder of a Hugging Face model in 16 or 32 bit.", metavar="SRC")],
+    source: Annotated[Path, typer.Argument(help="Folder of a Hugging Face model that is not in 4 bit.", metavar="SRC")],
     out: Annotated[Path, typer.Argument(help="Folder to create.", metavar="OUT")],
     quant_type: Annotated[str, typer.Option(help="nf4 or fp4.")] = "nf4",
     block_size: Annotated[int, typer.Option(help="Weights per absmax.")] = 64,
@@ -53,17 +53,23 @@ def merge(
         Literal["dequantized", "original", "nf4"],
         typer.Option(
             help="Weights that the adapter is added to. dequantized: the 4-bit weights in 16 bit, as in training; "
-            "original: the weights of a 16-bit --base; nf4: the 4-bit weights, quantized again."
+            "original: the weights of a --base that is not in 4 bit; nf4: the 4-bit weights, quantized again."
         ),
     ] = "dequantized",
     dtype: Annotated[
         Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="Type of values not in 4 bit; auto: the base's.")
     ] = "auto",
     quant_type: Annotated[
-        Literal["nf4", "fp4"], typer.Option(help="Type of the run's quantization, for a 16-bit base.")
-    ] = "nf4",
-    block_size: Annotated[int, typer.Option(help="Block size of the run's quantization, for a 16-bit base.")] = 64,
-    double_quant: Annotated[bool, typer.Option(help="Double quantization of the run, for a 16-bit base.")] = True,
+        Literal["nf4", "fp4"] | None,
+        typer.Option(help="Type of the run's quantization, for a base that is not in 4 bit; default: the run's."),
+    ] = None,
+    block_size: Annotated[int | None, typer.Option(help="Block size of that quantization; default: the run's.")] = None,
+    double_quant: Annotated[
+        bool | None, typer.Option(help="Double quantization in that quantization; default: the run's.")
+    ] = None,
+    keep_format: Annotated[
+        bool | None, typer.Option(help="Whether the run kept the base's published format; default: as in the run.")
+    ] = None,
     error_feedback: Annotated[
         bool,
         typer.Option("--error-feedback", help="With --into nf4: carry each weight's rounding error to the next one."),
@@ -77,16 +83,21 @@ def merge(
     prepare_process()
     from rich.console import Console
 
+    from qlora_dist.config.sections import ModelConfig
+    from qlora_dist.inference.inference_config import training_config
     from qlora_dist.merge.merge_folder import merge_folder, print_merge_report
     from qlora_dist.merge.merge_plan import MergeOptions
     from qlora_dist.model.quantize_plan import parse_size
 
+    run = training_config(adapter)
+    trained = run.model if run is not None else ModelConfig(base="")
     options = MergeOptions(
         into=into,
         dtype=dtype,
-        quant_type=quant_type,
-        block_size=block_size,
-        double_quant=double_quant,
+        quant_type=trained.quant_type if quant_type is None else quant_type,
+        block_size=trained.block_size if block_size is None else block_size,
+        double_quant=trained.double_quant if double_quant is None else double_quant,
+        keep_format=trained.keep_format if keep_format is None else keep_format,
         error_feedback=error_feedback,
         file_bytes=parse_size(file_size),
     )

@@ -6,13 +6,14 @@ The functions import the library, because the processes that tokenize import thi
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from jinja2 import Template
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TRANSFORMERS_PRIVATE_NAMES = (
     "transformers.PreTrainedConfig._attn_implementation",
@@ -29,9 +30,31 @@ TRANSFORMERS_PRIVATE_NAMES = (
 )
 OPTIONAL_PRIVATE_NAMES = ("transformers.utils.chat_template_utils._alias_reasoning_fields",)
 
+_MODEL_TYPE_ALIASES = {"kimi_k2": "deepseek_v3"}
+"""Model types that transformers does not know, although it has their class: Kimi-K2's is DeepseekV3ForCausalLM."""
+
+
+def load_model_config(folder: Path) -> PreTrainedConfig:
+    """Load the configuration of a folder. Code in the folder is never run.
+
+    Raises:
+        ValueError: transformers does not know the model type, or a value is not valid.
+        OSError: config.json cannot be read.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    for alias, model_type in _MODEL_TYPE_ALIASES.items():
+        if alias not in CONFIG_MAPPING:
+            CONFIG_MAPPING.register(alias, CONFIG_MAPPING[model_type])
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    # transformers looks the conversion of a checkpoint's tensors up by this
+    config.model_type = _MODEL_TYPE_ALIASES.get(config.model_type, config.model_type)
+    return config
+
 
 def attention_name(model: PreTrainedModel) -> str:
-    name: str = model.config._attn_implementation
+    """Return the name of the attention function that a model's language model calls."""
+    name: str = model.config.get_text_config()._attn_implementation
     return name
 
 

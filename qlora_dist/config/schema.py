@@ -104,6 +104,11 @@ def _find_engine_contradictions(config: Config) -> Iterator[str]:
             "parallel.base: paged: engine zero3 has no pages; set parallel.engine: fsdp2, or keep the base in host "
             "memory with parallel.base: node and parallel.offload: base"
         )
+    if config.model.keep_format and config.train.compile:
+        yield (
+            "train.compile: layers in a published format cannot be compiled; leave train.compile out, or set "
+            "model.keep_format: false"
+        )
     if parallel.engine == "zero3" and config.train.compile:
         yield (
             "train.compile: layers with the hooks of engine zero3 cannot be compiled; leave train.compile out, or "

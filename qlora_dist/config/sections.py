@@ -42,8 +42,8 @@ class ModelConfig(ConfigSection):
     """Frozen base model."""
 
     base: str
-    """Folder of a Hugging Face causal language model in 4 bit (from `qlora-dist quantize` or bitsandbytes), or in 16/32
-    bit. A model in 16/32 bit is quantized while it is loaded."""
+    """Folder of a Hugging Face causal language model: in 4 bit (from `qlora-dist quantize` or bitsandbytes), 16/32 bit,
+    or a published format such as FP8. A model that is not in 4 bit is quantized while it is loaded."""
     quant_type: Literal["nf4", "fp4"] = "nf4"
     """Code table used when the base is quantized on loading (QLoRA, section 3: 4-bit NormalFloat)."""
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
@@ -51,6 +51,9 @@ class ModelConfig(ConfigSection):
     double_quant: bool = True
     """Quantization of the absmax values when the base is quantized on loading (QLoRA, section 3: Double
     Quantization)."""
+    keep_format: bool = False
+    """Training on a base in FP8, MXFP4, INT4 or another published format as it is. Its weights keep their codes, and
+    layers in 16 bit stay so. false: such a base is quantized to 4 bit while it is loaded."""
     embeddings: Literal["16bit", "4bit"] = "16bit"
     """Precision of the input embedding and the output head. 4bit: they are quantized on loading, unless the folder has
     them in 4 bit already."""

@@ -93,8 +93,10 @@ def _content(value: Any, where: str) -> str:
         return require_str(value, where)
     texts = []
     for number, part in enumerate(value, start=1):
-        if not isinstance(part, dict) or part.get("type") != "text":
-            found_type = part.get("type") if isinstance(part, dict) else None
+        found_type = part.get("type") if isinstance(part, dict) else None
+        if isinstance(found_type, str) and found_type.removesuffix("_url") in _MEDIA_TYPES:
+            raise InvalidRowError(f"{where}: part {number} is of the type {quote(found_type)}; {MEDIA_REMEDY}")
+        if not isinstance(part, dict) or found_type != "text":
             found_type = (
                 f"of the type {quote(found_type)}" if isinstance(found_type, str) else "not an object with a `type`"
             )
@@ -108,6 +110,9 @@ def _content(value: Any, where: str) -> str:
     return "".join(texts)
 
 
+_MEDIA_TYPES = ("image", "video", "audio", "input_image", "input_audio")
+MEDIA_REMEDY = "only text is trained; take out the rows with images, videos or sounds"
+"""End of the messages about rows with more than text."""
 _TEXT_PART_FIELDS = ("text", "value")
 """Fields of a part's text in OpenAI's and LLaMA-Factory's formats."""
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 MultiTurnMode = Literal["auto", "whole", "per-answer"]
 
-ENCODER_VERSION = 2
+ENCODER_VERSION = 3
 """Version of the encoder. Raise it with every change of tokens or masks, so that caches are created again."""
 
 

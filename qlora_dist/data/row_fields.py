@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from qlora_dist.data.messages import decode_json_field
+from qlora_dist.data.messages import MEDIA_REMEDY, decode_json_field
 from qlora_dist.data.source_row import Message, MessagesRow, SourceRow
 from qlora_dist.data.validate import InvalidRowError, check_json_value, json_type_name, quote
 
@@ -31,8 +31,10 @@ _UNSUPPORTED_MASK_FIELDS = (
 _PREFERENCE_FIELDS = ("label", "kto_tag")
 """Fields of KTO's preference data, which rate an answer as good or bad."""
 
+_MEDIA_FIELDS = ("images", "image", "videos", "video", "audios", "audio")
+
 _INSPECTED_FIELDS = frozenset(
-    {*CONVERSATION_ROW_FIELDS, *_UNSUPPORTED_MASK_FIELDS, *_PREFERENCE_FIELDS, "functions", "weight"}
+    {*CONVERSATION_ROW_FIELDS, *_UNSUPPORTED_MASK_FIELDS, *_PREFERENCE_FIELDS, *_MEDIA_FIELDS, "functions", "weight"}
 )
 
 _MAX_COLLECTED_NAMES = 1000
@@ -109,6 +111,9 @@ def check_row_fields(fields: dict[str, Any], format_fields: Iterable[str]) -> No
                 f"`{name}` is {str(value).lower()}, so the row is preference data (KTO), which is not trained; keep "
                 f"the rows of good answers and take `{name}` out of them"
             )
+    for name in _MEDIA_FIELDS:
+        if fields.get(name):
+            raise InvalidRowError(f"the row has `{name}`; {MEDIA_REMEDY}")
     for name in (*_UNSUPPORTED_MASK_FIELDS, *(["weight"] if fields.get("weight") == 0 else [])):
         if fields.get(name) not in (None, True):
             raise InvalidRowError(

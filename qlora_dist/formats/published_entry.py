@@ -26,6 +26,11 @@ class PublishedWeightEntry:
     """Tensors in the files, in the order of `layout.parts`."""
 
     @property
+    def first_tensor(self) -> TensorEntry:
+        """The codes' tensor."""
+        return self.parts[0]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its tensors in the files."""
         return sum(part.nbytes for part in self.parts)

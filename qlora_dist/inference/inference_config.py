@@ -21,7 +21,7 @@ def inference_config(
     base and adapters, unless the run sharded them over all nodes. `adapter` is the folder of the first adapter, and
     `data` the held-out file.
     """
-    run = _training_config(adapter)
+    run = training_config(adapter)
     tree: dict[str, dict[str, Any]] = {
         "model": {"base": base},
         "data": {"train": [data or "-"], "eval": data},
@@ -39,7 +39,7 @@ def inference_config(
     return config
 
 
-def _training_config(adapter: Path | None) -> Config | None:
+def training_config(adapter: Path | None) -> Config | None:
     """Return the configuration of the run whose folder holds an adapter, or None if there is no such run."""
     if adapter is None or adapter.resolve().name != "adapter":
         return None

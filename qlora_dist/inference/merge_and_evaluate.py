@@ -41,6 +41,7 @@ def merge_and_evaluate(
         f"model.quant_type={options.quant_type}",
         f"model.block_size={options.block_size}",
         f"model.double_quant={str(options.double_quant).lower()}",
+        f"model.keep_format={str(options.keep_format).lower()}",
     ]
     config = inference_config(folder, adapter, data, as_trained)
     losses = _evaluate_model("4-bit base", config, [named_adapter], data, console)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_dist.nf4.nf4_layout import NF4Layout
-from qlora_dist.nf4.quantize import dequantize_weight
+from qlora_dist.layers.dequantize import WeightLayout, dequantize, describe_layout
 
 ExpertForward = Callable[[torch.Tensor, int], torch.Tensor]
 
@@ -23,7 +22,7 @@ class QuantizedExperts(nn.Module):
     """
 
     def __init__(
-        self, layout: NF4Layout, experts: int, matrices: int, device: torch.device | str | None = None
+        self, layout: WeightLayout, experts: int, matrices: int, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
         self.layout, self.experts, self.matrices = layout, experts, matrices
@@ -36,7 +35,7 @@ class QuantizedExperts(nn.Module):
         """Return an expert's weight, dtype[out_features, in_features]. Under an engine, `packed` must be gathered."""
         size = self.layout.total_bytes
         vectors = self.packed.narrow(0, expert * self.matrices * size, self.matrices * size).split(size)
-        parts = [dequantize_weight(vector, self.layout, dtype) for vector in vectors]
+        parts = [dequantize(vector, self.layout, dtype) for vector in vectors]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def expert_forward(self) -> ExpertForward:
@@ -44,7 +43,7 @@ class QuantizedExperts(nn.Module):
         return lambda x, expert: _Matmul.apply(x, self, expert)
 
     def extra_repr(self) -> str:
-        quantization = f"{self.layout.quant_type}, block_size={self.layout.block_size}"
+        quantization = describe_layout(self.layout)
         features = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"experts={self.experts}, {features}, {quantization}"
 

@@ -9,8 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from qlora_dist.compat.transformers import mark_initialized
-from qlora_dist.nf4.nf4_layout import NF4Layout
-from qlora_dist.nf4.quantize import dequantize_weight
+from qlora_dist.layers.dequantize import WeightLayout, dequantize, describe_layout
 
 
 class QuantizedLinear(nn.Module):
@@ -28,7 +27,7 @@ class QuantizedLinear(nn.Module):
 
     def __init__(
         self,
-        layout: NF4Layout,
+        layout: WeightLayout,
         *,
         bias: bool = False,
         bias_dtype: torch.dtype = torch.bfloat16,
@@ -48,7 +47,7 @@ class QuantizedLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the weight, dtype[out_features, in_features]. Under an engine, `packed` must be gathered."""
-        return dequantize_weight(self.packed, self.layout, dtype)
+        return dequantize(self.packed, self.layout, dtype)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -68,7 +67,7 @@ class QuantizedLinear(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        quantization = f"{self.layout.quant_type}, block_size={self.layout.block_size}"
+        quantization = describe_layout(self.layout)
         return f"in_features={self.in_features}, out_features={self.out_features}, {quantization}"
 
 

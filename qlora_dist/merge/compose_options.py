@@ -15,7 +15,7 @@ from qlora_dist.adapters.saved_adapter import SavedAdapter
 from qlora_dist.errors import UserError
 from qlora_dist.merge.combine_matrices import COMBINATION_TYPES, CombinationType
 from qlora_dist.merge.merge_folder import check_trained_on_merged
-from qlora_dist.model.meta_model import causal_lm_on_meta
+from qlora_dist.model.model_class import causal_lm_on_meta
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantizable import quantizable_parameters
 

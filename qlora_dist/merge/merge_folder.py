@@ -28,6 +28,7 @@ from qlora_dist.merge.lora_update import (
     read_lora_update,
 )
 from qlora_dist.merge.merge_plan import MatrixMerge, MergeOptions, MergePlan, TensorMerge, make_merge_plan
+from qlora_dist.merge.published_config import exclude_modules
 from qlora_dist.merge.token_row_writer import TokenRowWriter
 from qlora_dist.merge.weight_rows import (
     base_weight_rows,
@@ -38,7 +39,7 @@ from qlora_dist.merge.weight_rows import (
 )
 from qlora_dist.model.meta_model import COMPUTE_DTYPES
 from qlora_dist.model.model_folder import ModelFolder, read_model_json
-from qlora_dist.model.save_model_folder import finish_model_folder, split_into_files
+from qlora_dist.model.save_model_folder import finish_model_folder, set_vocab_size, split_into_files, untie_head
 from qlora_dist.nf4.quant_state import quant_state_tensors
 
 _TOKENIZER_FILES = (
@@ -313,11 +314,13 @@ def _config(folder: ModelFolder, plan: MergePlan, options: MergeOptions) -> dict
     config = dict(folder.config)
     if options.into != "nf4":
         config.pop("quantization_config", None)
+    if plan.unquantized_modules is not None:
+        config["quantization_config"] = exclude_modules(folder.config, plan.unquantized_modules)
     if options.dtype != "auto":
         config.pop("torch_dtype", None)
         config["dtype"] = str(COMPUTE_DTYPES[options.dtype]).removeprefix("torch.")
     if plan.is_untied:
-        config["tie_word_embeddings"] = False
+        untie_head(config)
     if plan.vocab_size is not None:
-        config["vocab_size"] = plan.vocab_size
+        set_vocab_size(config, plan.vocab_size)
     return config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,11 +16,14 @@ from qlora_dist.adapters.trainable_tokens import saved_vocabulary
 from qlora_dist.errors import UserError
 from qlora_dist.io.safetensors_file import TensorEntry, tensors_equal
 from qlora_dist.layers.embedding import vocab_weight_names
-from qlora_dist.model.meta_model import COMPUTE_DTYPES, causal_lm_on_meta
+from qlora_dist.merge.published_config import find_exclusion_key
+from qlora_dist.model.meta_model import COMPUTE_DTYPES
+from qlora_dist.model.model_class import causal_lm_on_meta
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantizable import (
     QuantizableParameter,
     SourceMatrix,
+    WeightFormat,
     common_layout,
     has_tied_embeddings,
     quantizable_parameters,
@@ -29,6 +32,7 @@ from qlora_dist.model.quantizable import (
 from qlora_dist.model.weight_sources import find_weight_sources, stacked_tensor_name
 from qlora_dist.nf4.nf4_layout import NF4Layout, QuantType
 from qlora_dist.nf4.quant_state import quant_state_specs
+from qlora_dist.nf4.quantize import TORCH_DTYPES
 
 MergeFormat = Literal["dequantized", "original", "nf4"]
 
@@ -44,6 +48,8 @@ class MergeOptions:
     """Code table with which the run quantized a base in 16 bit. It used the next two options too."""
     block_size: int = 64
     double_quant: bool = True
+    keep_format: bool = False
+    """Whether the run trained on a base in a published format as it is (`model.keep_format`)."""
     error_feedback: bool = False
     """Whether rounding to nf4 compensates the error of earlier weights in a row."""
     file_bytes: int = 5_000_000_000
@@ -56,10 +62,10 @@ class MatrixMerge:
 
     matrix: SourceMatrix
     layout: NF4Layout
-    """Layout in 4 bit, in the folder or as the run quantized it."""
+    """Layout in 4 bit, in the folder or as the run quantized it. Only its shape and type count for other matrices."""
     update: LowRankUpdate | None
     trained_in_4bit: bool
-    """Whether the matrix was in 4 bit while the adapter was trained."""
+    """Whether the matrix was in 4 bit while the adapter was trained; else it was as it is in the folder."""
     expert: int
     """Index of the expert; 0 if there are no experts."""
     first_update_row: int
@@ -101,6 +107,8 @@ class MergePlan:
     """Whether a tied output head becomes a separate matrix."""
     vocab_size: int | None
     """Rows of the embedding, if the adapter has rows of it."""
+    unquantized_modules: tuple[str, ...] | None
+    """Modules that are written in 16 bit beside others that keep their published format; None: there are no others."""
 
 
 def make_merge_plan(folder: ModelFolder, adapter: SavedAdapter, options: MergeOptions) -> MergePlan:
@@ -109,6 +117,11 @@ def make_merge_plan(folder: ModelFolder, adapter: SavedAdapter, options: MergeOp
     Raises:
         UserError: the adapter belongs to another model, or `into` does not apply to the folder.
     """
+    if options.keep_format and not folder.published:
+        raise UserError(
+            f"--keep-format: {folder.path} is not in a published format such as FP8; give the base that the run "
+            "trained on, or --no-keep-format"
+        )
     if options.into == "nf4" and not folder.is_quantized:
         raise UserError(f"{folder.path}: is not in 4 bit; quantize it first, or merge --into dequantized")
     if options.into == "original" and folder.is_quantized:
@@ -116,25 +129,29 @@ def make_merge_plan(folder: ModelFolder, adapter: SavedAdapter, options: MergeOp
     if options.error_feedback and options.into != "nf4":
         raise UserError(f"--error-feedback: nothing is rounded to 4 bit by --into {options.into}; use --into nf4")
     model = causal_lm_on_meta(folder, torch.bfloat16)
-    sources = find_weight_sources(model, [*folder.entries, *folder.quantized])
+    sources = find_weight_sources(model, folder.names)
+    weight_format = WeightFormat(
+        quant_type=options.quant_type, block_size=options.block_size, double_quant=options.double_quant
+    )
     updates = dict(adapter.low_rank)
+    unquantized_modules: list[str] = []
     tensors: dict[str, TensorMerge] = {}
     for target in quantizable_parameters(model, embeddings=True):
         parts = source_matrices(target, sources, folder)
         in_folder = parts[0].name in folder.quantized
         if not in_folder and (folder.is_quantized or target.role != "layer") and target.module not in updates:
             continue  # it is copied below
-        layout = common_layout(
-            parts, target, folder, options.quant_type, options.block_size, double_quant=options.double_quant
-        )
+        layout = common_layout(parts, target, folder, weight_format)
+        assert isinstance(layout, NF4Layout), "the format is not kept"
         update = updates.pop(target.module, None)
         owner = model.get_submodule(target.module.rpartition(".")[0])
         if update is not None and target.experts and peft_swaps_in_out(owner):
             update = replace(update, swap_in_out=True)
         _check_shape(update, target, adapter)
-        was_4_bit = in_folder or (not folder.is_quantized and target.role == "layer")
+        was_4_bit = in_folder or not (folder.is_quantized or options.keep_format or target.role != "layer")
         if options.into == "original" and update is None:
             continue
+        unquantized_modules.append(target.module.rpartition(".")[0] if target.experts else target.module)
         matrices = _plan_matrices(target, parts, layout, update, trained_in_4bit=was_4_bit)
         for tensor in _plan_tensors(target, matrices, folder, options, in_4bit=options.into == "nf4" and was_4_bit):
             tensors[tensor.key] = tensor
@@ -142,18 +159,80 @@ def make_merge_plan(folder: ModelFolder, adapter: SavedAdapter, options: MergeOp
     replaced, is_untied = _plan_replaced_tensors(keys, model, adapter)
     if updates:
         raise missing_module_error(adapter, next(iter(updates)), folder.path)
+    tensors |= _plan_unused_matrices(tensors, folder, options)
+    written = {part.matrix.name for tensor in tensors.values() for part in tensor.matrices}
+    tensors |= _plan_published_tensors(folder, written, replaced, options)
     for key, entry in folder.entries.items():
         if key not in tensors:
             tensors[key] = _copied_tensor(key, entry, replaced.pop(key, entry), _dtype(entry.dtype, options))
     for key, entry in replaced.items():  # a head that was tied to the embedding
         tensors[key] = _copied_tensor(key, entry, entry, _dtype(torch.bfloat16, options))
-    vocab_size = _plan_token_rows(tensors, keys, model, adapter, folder.path)
+    vocab_size = _plan_token_rows(tensors, keys, model, adapter, folder)
     in_order = sorted(tensors.values(), key=lambda tensor: (str(tensor.source_file), tensor.source_offset))
-    return MergePlan(in_order, is_untied, vocab_size)
+    keeps_codes = any(key in folder.published_tensors for key in tensors)
+    return MergePlan(in_order, is_untied, vocab_size, tuple(unquantized_modules) if keeps_codes else None)
+
+
+def _plan_published_tensors(
+    folder: ModelFolder, written: Set[str], replaced: dict[str, TensorEntry], options: MergeOptions
+) -> dict[str, TensorMerge]:
+    """Return what is written for the weights in a published format that are not in `written`.
+
+    `--into original` copies their codes and scales, if config.json can say which weights are in 16 bit. Otherwise their
+    values are written. Weights that were fully trained are removed from `replaced`.
+    """
+    tensors: dict[str, TensorMerge] = {}
+    keeps_codes = options.into == "original" and find_exclusion_key(folder.config) is not None
+    for name, published in folder.published.items():
+        dtype = _dtype(TORCH_DTYPES[published.layout.dtype], options)
+        if name in replaced:
+            tensors[name] = _copied_tensor(name, published.first_tensor, replaced.pop(name), dtype)
+        elif name not in written and not keeps_codes:
+            layout = NF4Layout(shape=published.layout.shape, dtype=published.layout.dtype)
+            part = MatrixMerge(
+                matrix=SourceMatrix(name, name, None, transposed=False),
+                layout=layout,
+                update=None,
+                trained_in_4bit=False,
+                expert=0,
+                first_update_row=0,
+            )
+            path, start = folder.file_position(name)
+            tensors[name] = TensorMerge(
+                key=name, source_file=path, source_offset=start, shape=layout.shape, dtype=dtype, matrices=(part,)
+            )
+    if keeps_codes:
+        changed = {*written, *tensors} & folder.published.keys()
+        positions = {(part.path, part.start) for name in changed for part in folder.published[name].parts}
+        stems = {name.rpartition(".")[0] for name in changed}
+        for key, entry in folder.published_tensors.items():
+            if (entry.path, entry.start) not in positions and key.rpartition(".")[0] not in stems:
+                tensors[key] = _copied_tensor(key, entry, entry, entry.dtype)
+    return tensors
+
+
+def _plan_unused_matrices(
+    planned: dict[str, TensorMerge], folder: ModelFolder, options: MergeOptions
+) -> dict[str, TensorMerge]:
+    """Plan the 4-bit matrices that are not the language model's, such as a tower's in the folder of another tool."""
+    used = {part.matrix.name for tensor in planned.values() for part in tensor.matrices}
+    tensors = {}
+    for name in folder.quantized.keys() - used:
+        layout = folder.quantized[name].layout
+        target = QuantizableParameter(name=name, module=name, shape=layout.shape)
+        parts = [SourceMatrix(name, name, None, transposed=False)]
+        matrices = _plan_matrices(target, parts, layout, None, trained_in_4bit=True)
+        for tensor in _plan_tensors(target, matrices, folder, options, in_4bit=options.into == "nf4"):
+            tensors[tensor.key] = tensor
+    return tensors
 
 
 def _plan_token_rows(
-    tensors: dict[str, TensorMerge], keys: dict[str, str], model: PreTrainedModel, adapter: SavedAdapter, base: Path
+    tensors: dict[str, TensorMerge],
+    keys: dict[str, str],
+    model: PreTrainedModel,
+    adapter: SavedAdapter,
+    folder: ModelFolder,
 ) -> int | None:
     """Add trained rows to the tensors of embedding and head, and return the embedding's rows if the adapter has any.
 
@@ -162,15 +241,15 @@ def _plan_token_rows(
     embedding, head = vocab_weight_names(model)
     weights = [embedding] if has_tied_embeddings(model) else [embedding, head]
     rows = {name.removesuffix(".weight"): model.get_parameter(name).shape[0] for name in weights}
-    vocabulary = saved_vocabulary(adapter, rows, base)
+    vocabulary = saved_vocabulary(adapter, rows, folder.path)
     for path, saved in adapter.token_rows.items():
         stored_names = {f"{path}.weight", head} if has_tied_embeddings(model) else {f"{path}.weight"}
-        for key in {keys[name] for name in stored_names if keys.get(name) in tensors}:
-            tensor = tensors[key]
-            if tensor.written_in_4bit:
+        for key in {keys[name] for name in stored_names if name in keys}:
+            tensor = tensors.get(key)
+            if tensor is None or tensor.written_in_4bit or (key in folder.published and not tensor.matrices):
                 raise UserError(
-                    f"{adapter.path}: trains rows of {path}, which is in 4 bit, where single rows cannot change; merge "
-                    "--into dequantized"
+                    f"{adapter.path}: trains rows of {path}, which is quantized, and single rows of it cannot change; "
+                    "merge --into dequantized"
                 )
             tensors[key] = replace(tensor, token_rows=saved, shape=(vocabulary, *tensor.shape[1:]))
     return vocabulary if adapter.token_rows or embedding in adapter.full_tensors else None
@@ -219,7 +298,8 @@ def _plan_tensors(
         by_key.setdefault(stacked_tensor_name(key, index) if target.experts and not in_4bit else key, []).append(part)
     for key, tensor_matrices in by_key.items():
         first, layout = tensor_matrices[0].matrix, tensor_matrices[0].layout
-        entry = folder.quantized[first.name].parts[0][1] if first.name in folder.quantized else folder.entries[key]
+        packed = folder.packed(first.name)
+        entry = packed.first_tensor if packed is not None else folder.entries[key]
         shape = layout.shape[::-1] if first.transposed else layout.shape
         stacked = shape if key == first.key and first.index is None else (len(tensor_matrices), *shape)
         yield TensorMerge(

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import Conv1d
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
@@ -29,6 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from qlora_dist.compat.transformers import attention_name, looks_attention_up
 from qlora_dist.errors import UserError
 from qlora_dist.model.block_mask import create_packed_block_mask, create_packed_mask
+from qlora_dist.model.language_model import find_decoder
 from qlora_dist.sequence_starts import sequence_slices, sequence_starts
 
 PACKED_ATTENTION = "qlora_packed"
@@ -44,6 +46,8 @@ PACKABLE_MODEL_TYPES = frozenset(
 )
 """Values of `model_type` for which transformers' masks follow position_ids. The masks of GPT-OSS, OPT, Falcon and AFMoE
 (transformers 5.23) silently let a sequence see the previous ones in its row."""
+
+_ATTENTION_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +82,11 @@ def set_packed_attention(model: PreTrainedModel, attention: str = "sdpa") -> Non
     Raises:
         UserError: "flex" was given for another model, or for one with dropout of attention probabilities.
     """
-    config = model.config
+    config, decoder = model.config.get_text_config(), find_decoder(model)
+    assert isinstance(decoder, PreTrainedModel)
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     qualifies = (
-        looks_attention_up(model)
+        looks_attention_up(decoder)
         and getattr(config, "attention_chunk_size", None) is None
         and getattr(config, "is_causal", True)
         and kinds <= {"full_attention", "sliding_attention"}
@@ -97,7 +102,7 @@ def set_packed_attention(model: PreTrainedModel, attention: str = "sdpa") -> Non
                 "it; use sdpa, or set attention_dropout (GPT-2: attn_pdrop) to 0 there"
             )
     if qualifies:
-        model.set_attn_implementation(PACKED_FLEX_ATTENTION if attention == "flex" else PACKED_ATTENTION)
+        decoder.set_attn_implementation(PACKED_FLEX_ATTENTION if attention == "flex" else PACKED_ATTENTION)
 
 
 def takes_sequence_starts(model: PreTrainedModel) -> bool:
@@ -107,11 +112,22 @@ def takes_sequence_starts(model: PreTrainedModel) -> bool:
 
 def check_packing_support(model: PreTrainedModel) -> None:
     """Raise a UserError unless the model is known to keep the sequences of packed rows apart."""
-    if not takes_sequence_starts(model) and model.config.model_type not in PACKABLE_MODEL_TYPES:
+    kind = model.config.get_text_config().model_type
+    known = takes_sequence_starts(model) or kind in PACKABLE_MODEL_TYPES
+    if not known or not _has_only_attention(model):
         raise UserError(
-            f"data.packing: a model of type {model.config.model_type} with {attention_name(model)} "
+            f"data.packing: a model of type {kind} with {attention_name(model)} "
             "attention may let the sequences of a packed row see each other; set data.packing: none"
         )
+
+
+def _has_only_attention(model: PreTrainedModel) -> bool:
+    """Return whether positions meet in attention alone, and not in a convolution, a recurrence or linear attention.
+
+    transformers' code for a CPU carries the states of such layers from one sequence of a row into the next one.
+    """
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    return kinds <= _ATTENTION_LAYER_TYPES and not any(isinstance(module, Conv1d) for module in model.modules())
 
 
 def add_sequence_starts(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from qlora_dist.model.meta_model import LossModel, transformers_names
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantize_scatter import ScatteredMatrix, quantize_and_scatter, scattered_matrices
 from qlora_dist.model.shard_reader import LocalShard, ShardReader, WriteShard
+from qlora_dist.nf4.nf4_layout import NF4Layout
 from qlora_dist.shard_view import flat_offset, full_shape, get_flat_shard, local_slice, local_tensor
 
 
@@ -71,7 +72,7 @@ def load_weights(
     shards: list[LocalShard] = []
     trained: list[LocalShard] = []
     to_quantize: list[ScatteredMatrix] = []
-    to_dequantize: list[tuple[torch.Tensor, str, WriteShard]] = []
+    to_dequantize: list[tuple[torch.Tensor, tuple[str, ...], WriteShard]] = []
     with torch.no_grad():
         for module in model.modules():
             for parameter in module.parameters(recurse=False):
@@ -87,12 +88,13 @@ def load_weights(
                     and parameter is module.packed
                 ):
                     matrices = model.matrices[names[name]]
-                    if matrices[0].name in folder.quantized:
+                    if module.layout == folder.packed_layout(matrices[0].name):
                         shards.append(_local_shard(parameter, tuple(matrix.name for matrix in matrices), folder, write))
                     else:
+                        assert isinstance(module.layout, NF4Layout), "a published format is never made on loading"
                         to_quantize += scattered_matrices(parameter, module.layout, matrices, write)
-                elif (key := origins[names[name]].keys[0]) in folder.quantized:
-                    to_dequantize.append((parameter, key, write))
+                elif folder.packed((source := origins[names[name]]).keys[0]) is not None:
+                    to_dequantize.append((parameter, source.keys, write))
                 else:
                     # the ranks that share the base's shards hold different shards of a trained parameter
                     group = trained if parameter.requires_grad else shards
@@ -102,8 +104,8 @@ def load_weights(
         own = [piece.matrix for piece in to_quantize[dist.get_rank() :: dist.get_world_size()]]
         with ShardReader(folder, shards, own, replicas, device, on_read) as reader:
             reader.load_shards()
-            for parameter, key, write in to_dequantize:
-                _load_dequantized(parameter, key, reader, write)
+            for parameter, keys, write in to_dequantize:
+                _load_dequantized(parameter, keys, reader, write)
             quantize_and_scatter(to_quantize, reader, replicas, device)
         with ShardReader(folder, trained, [], None, device) as trained_reader:
             trained_reader.load_shards()
@@ -137,7 +139,7 @@ def _write_local(local: torch.Tensor, first: int, values: torch.Tensor) -> None:
 
 def _local_shard(parameter: torch.Tensor, keys: tuple[str, ...], folder: ModelFolder, put: WriteShard) -> LocalShard:
     local, first = local_tensor(parameter), flat_offset(parameter)
-    if keys[0] in folder.quantized:
+    if folder.packed(keys[0]) is not None:
         return LocalShard(local, keys, first, put)
     itemsize = folder.entries[keys[0]].dtype.itemsize
     in_folder = sum(folder.entries[key].nbytes for key in keys) // itemsize
@@ -146,10 +148,12 @@ def _local_shard(parameter: torch.Tensor, keys: tuple[str, ...], folder: ModelFo
     return LocalShard(local, keys, first * itemsize, put)
 
 
-def _load_dequantized(parameter: torch.Tensor, key: str, reader: ShardReader, put: WriteShard) -> None:
-    """Load a parameter that the folder has in 4 bit and this model keeps in 16.
+def _load_dequantized(parameter: torch.Tensor, keys: tuple[str, ...], reader: ShardReader, put: WriteShard) -> None:
+    """Load a parameter that the folder has quantized and this model keeps in 16 bit.
 
-    Such are the routers of sparse models, which other programs quantize. Every rank reads them whole; they are small.
+    Such are the routers of sparse models, and output heads, which other programs quantize. Every rank reads them whole.
     """
-    whole = reader.read_dequantized(key, local_tensor(parameter).dtype)
+    whole = torch.cat([reader.read_dequantized(key, local_tensor(parameter).dtype) for key in keys])
+    if added := full_shape(parameter)[0] - whole.shape[0]:  # rows that are added to an embedding or a head
+        whole = torch.nn.functional.pad(whole, (0, 0, 0, added))
     put(0, local_slice(parameter, whole).reshape(-1))

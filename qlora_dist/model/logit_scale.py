@@ -7,7 +7,7 @@ loss would train silently.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_dist.errors import UserError
+from qlora_dist.model.language_model import find_decoder
 
 _TOLERANCE = 1e-5  # relative and absolute; the measurement is in fp64 unless the model casts to fp32
 
@@ -90,28 +91,30 @@ def _caps(model: PreTrainedModel) -> list[float]:
 
 @contextmanager
 def _probe_decoder_and_head(model: PreTrainedModel, hidden: torch.Tensor, probe: nn.Linear) -> Iterator[None]:
-    decoder, head = find_decoder(model), model.get_output_embeddings()
+    body, embedding, head = _module_before_head(model), model.get_input_embeddings(), model.get_output_embeddings()
     output = _Output((hidden,))
-    decoder.forward = lambda *args, **kwargs: output
+    body.forward = lambda *args, **kwargs: output
+    embedding.forward = lambda *args, **kwargs: hidden  # Llama 4 looks tokens up itself
     model.set_output_embeddings(probe)
     try:
         yield
     finally:
-        del decoder.forward
+        del body.forward, embedding.forward
         model.set_output_embeddings(head)
 
 
-def find_decoder(model: PreTrainedModel) -> nn.Module:
-    """Return the module that a causal language model calls before its output head."""
-    decoder: nn.Module = model.get_decoder()
-    return _child_with_embedding(model) if decoder is model else decoder
+def _module_before_head(model: PreTrainedModel) -> nn.Module:
+    """Return the decoder, or the outermost module around it that has no head, which a multimodal class calls."""
+    decoder, head = find_decoder(model), model.get_output_embeddings()
+    if model.config.get_text_config() is model.config:
+        return decoder
+    around = (module for path, module in model.named_modules() if path and _contains(module, decoder))
+    outermost: nn.Module = next(module for module in around if not _contains(module, head))
+    return outermost
 
 
-def _child_with_embedding(model: PreTrainedModel) -> nn.Module:
-    """Return the decoder of a class such as Llama-4's, whose prefix names another module."""
-    embedding: nn.Module = model.get_input_embeddings()
-    children: Iterable[nn.Module] = model.children()
-    return next(child for child in children if any(module is embedding for module in child.modules()))
+def _contains(module: nn.Module, part: nn.Module) -> bool:
+    return any(child is part for child in module.modules())
 
 
 class _Output(tuple[torch.Tensor]):

@@ -15,19 +15,22 @@ from qlora_dist.compat.torch import module_buffers, module_parameters
 from qlora_dist.compat.transformers import keep_in_fp32_modules
 from qlora_dist.config.sections import ModelConfig
 from qlora_dist.errors import UserError
-from qlora_dist.layers.embedding import QuantizedVocabMixin, use_quantized_vocab, vocab_weight_names
+from qlora_dist.layers.dequantize import WeightLayout
+from qlora_dist.layers.embedding import QuantizedVocabMixin, use_quantized_vocab
 from qlora_dist.layers.experts import QuantizedExperts
 from qlora_dist.layers.linear import QuantizedLinear
 from qlora_dist.model.attention import add_sequence_starts, set_packed_attention
-from qlora_dist.model.logit_scale import LogitScale, find_decoder, measure_logit_scale
+from qlora_dist.model.language_model import Towers, find_decoder
+from qlora_dist.model.logit_scale import LogitScale, measure_logit_scale
 from qlora_dist.model.loss import TiedHead, tie_head_to_embedding, use_loss_head
+from qlora_dist.model.model_class import keep_language_model, whole_model_on_meta
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.model.model_support import check_model_class
 from qlora_dist.model.moe import replace_experts_forward
 from qlora_dist.model.norm import fuse_rms_norms
 from qlora_dist.model.quantizable import (
     QuantizableParameter,
     SourceMatrix,
+    WeightFormat,
     common_layout,
     has_tied_embeddings,
     quantizable_parameters,
@@ -36,6 +39,7 @@ from qlora_dist.model.quantizable import (
 from qlora_dist.model.weight_reads import find_weight_reads
 from qlora_dist.model.weight_sources import WeightSource, find_weight_sources
 from qlora_dist.nf4.nf4_layout import NF4Layout
+from qlora_dist.nf4.quantize import TORCH_DTYPES
 
 COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -43,30 +47,41 @@ COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.f
 def build_meta_model(folder: ModelFolder, config: ModelConfig, *, quantize: bool = True) -> LossModel:
     """Build a causal language model on meta with quantized layers, whose forward gives the loss.
 
-    Parameters that stay unquantized have the compute type. All parameters are frozen. Without `quantize`, matrices that
-    are in 16 bit in the folder stay so.
+    Parameters that stay unquantized have the compute type. All parameters are frozen. Without `quantize`, matrices stay
+    in 16 bit or in a published format, as the folder has them.
 
     Raises:
         UserError: the folder holds no causal language model that this transformers supports, or weights are missing.
     """
     dtype = COMPUTE_DTYPES[config.compute_dtype]
-    model = causal_lm_on_meta(folder, dtype, config.attention)
+    weight_format = WeightFormat(
+        quant_type=config.quant_type,
+        block_size=config.block_size,
+        double_quant=config.double_quant,
+        keep_format=config.keep_format or not quantize,
+    )
+    if config.keep_format and not folder.published:
+        raise UserError(
+            f"model.keep_format: {folder.path} is in {4 if folder.is_quantized else 16} bit, not in a published format "
+            "such as FP8; set model.keep_format: false"
+        )
+    model = whole_model_on_meta(folder, dtype, config.attention)
+    towers = keep_language_model(model, folder.path)
     if config.attention != "eager":
         set_packed_attention(model, config.attention)
     fuse_rms_norms(model)
     _keep_buffers_in_fp32(model)
-    sources = find_weight_sources(model, [*folder.entries, *folder.quantized])
+    sources = find_weight_sources(model, folder.names)
     scale, tied = measure_logit_scale(model), has_tied_embeddings(model)
     in_4_bit: dict[str, Sequence[SourceMatrix]] = {}
     reads = find_weight_reads(model)
     for target in list(quantizable_parameters(model, embeddings=True)):
         parts = source_matrices(target, sources, folder)
-        wants_4bit = not folder.is_quantized if target.role == "layer" else config.embeddings == "4bit"
-        if not (wants_4bit and quantize) and not any(part.name in folder.quantized for part in parts):
+        if config.keep_format and target.role == "layer" and not (target.experts or target.transposed):
+            _pack_unquantized(parts, folder)
+        if not _is_quantized_layer(target, parts, folder, config, weight_format):
             continue  # embeddings that stay in 16 bit, or layers that the folder's quantizer skipped
-        layout = common_layout(
-            parts, target, folder, config.quant_type, config.block_size, double_quant=config.double_quant
-        )
+        layout = common_layout(parts, target, folder, weight_format)
         _replace_with_quantized(model, target, layout, len(parts), dtype)
         if isinstance(layer := model.get_submodule(target.module), QuantizedLinear):
             layer.is_weight_read = target.module in reads
@@ -77,6 +92,7 @@ def build_meta_model(folder: ModelFolder, config: ModelConfig, *, quantize: bool
     attributes = {
         "origins": sources,
         "matrices": in_4_bit,
+        "towers": towers,
         "takes_position_ids": "position_ids" in inspect.signature(find_decoder(model).forward).parameters,
         "forward": _loss_forward_like(type(model).forward),
     }
@@ -85,54 +101,26 @@ def build_meta_model(folder: ModelFolder, config: ModelConfig, *, quantize: bool
     return model
 
 
-def causal_lm_on_meta(folder: ModelFolder, dtype: torch.dtype, attention: str = "sdpa") -> transformers.PreTrainedModel:
-    """Build transformers' causal language model for the folder's config.json, without weights."""
-    if any(key in folder.config for key in ("vision_config", "audio_config")):
-        raise UserError(
-            f"{folder.path / 'config.json'}: describes a multimodal model; give a causal language model of text only"
-        )
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # it would make transformers quantize the model
-        if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
-            attention = "eager"  # SDPA has no cap, and transformers would omit it silently
-        requested = "eager" if attention == "eager" else None  # None: SDPA where the architecture has it
-        model = _from_config(config, dtype, requested)
-        check_model_class(model, folder.path)
-        if has_tied_embeddings(model) and _stores_untied_head(model, folder):
-            for part in (config, config.get_text_config()):
-                part.tie_word_embeddings = False
-            model = _from_config(config, dtype, requested)
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{folder.path / 'config.json'}: transformers {transformers.__version__} cannot build a causal language "
-            f"model from it ({reason}); give another model or upgrade transformers"
-        ) from None
-    return model
+def _pack_unquantized(parts: Sequence[SourceMatrix], folder: ModelFolder) -> None:
+    """Let layers in 16 bit beside others in a published format be byte vectors too, so that they get adapters."""
+    for part in parts:
+        if folder.packed(part.name) is None and folder.entries[part.key].dtype in TORCH_DTYPES.values():
+            folder.pack_unquantized(part.key)
 
 
-def _from_config(config: transformers.PretrainedConfig, dtype: torch.dtype, attention: str | None) -> Any:
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
-        )
-
-
-def _stores_untied_head(model: transformers.PreTrainedModel, folder: ModelFolder) -> bool:
-    """Return whether the folder holds an output head that differs from the embedding to which config.json ties it.
-
-    Merging a trained embedding and head produces such folders, and transformers keeps both tensors on loading.
-    """
-    embedding, head = vocab_weight_names(model)
-    names = [*folder.entries, *folder.quantized]
-    if not any(name.endswith(head.rpartition(".")[0].rpartition(".")[2] + ".weight") for name in names):
-        return False  # the usual case; converting all names takes longer
-    sources = find_weight_sources(model, names)
-    if head not in sources or embedding not in sources:
-        return False
-    return not folder.tensors_equal(sources[head].keys[0], sources[embedding].keys[0])
+def _is_quantized_layer(
+    target: QuantizableParameter,
+    parts: Sequence[SourceMatrix],
+    folder: ModelFolder,
+    config: ModelConfig,
+    weight_format: WeightFormat,
+) -> bool:
+    """Return whether a parameter becomes a byte vector."""
+    if any(part.name in folder.quantized for part in parts):
+        return True
+    if weight_format.keep_format:
+        return target.role == "layer" and any(part.name in folder.published for part in parts)
+    return not folder.is_quantized if target.role == "layer" else config.embeddings == "4bit"
 
 
 def transformers_names(model: nn.Module) -> dict[str, str]:
@@ -158,9 +146,14 @@ def get_decoder_layers(model: transformers.PreTrainedModel) -> nn.ModuleList:
 
 
 def _replace_with_quantized(
-    model: transformers.PreTrainedModel, target: QuantizableParameter, layout: NF4Layout, parts: int, dtype: torch.dtype
+    model: transformers.PreTrainedModel,
+    target: QuantizableParameter,
+    layout: WeightLayout,
+    parts: int,
+    dtype: torch.dtype,
 ) -> None:
     if target.role != "layer":
+        assert isinstance(layout, NF4Layout), "an embedding in a published format is dequantized on loading"
         use_quantized_vocab(model.get_submodule(target.module), layout, dtype)
         return
     if not target.experts:
@@ -199,6 +192,11 @@ def _check_weights_present(model: nn.Module, sources: Mapping[str, WeightSource]
         elif len(shapes) > 1:  # one above the other
             equal_shapes = len({part[1:] for part in shapes}) == 1
             shape = (sum(rows for rows, *_ in shapes), *shape[1:])
+        if source.may_be_transposed and shape != tuple(parameter.shape):
+            raise UserError(
+                f"{folder.path}: {source.keys[0]} is transposed on loading, which is only done while it is quantized; "
+                "quantize the model"
+            )
         if not equal_shapes or shape != tuple(parameter.shape):
             raise UserError(
                 f"{folder.path}: {source.keys[0]} has the shape {shape} and config.json asks for "
@@ -240,6 +238,8 @@ class LossModel(transformers.PreTrainedModel):
     """The folder's tensors behind each tensor of transformers' own class, by that tensor's name."""
     matrices: Mapping[str, Sequence[SourceMatrix]]
     """The folder's matrices behind each tensor that is in 4 bit in this model, by the same name."""
+    towers: Towers
+    """What transformers' class has besides the language model; none of it is part of this model."""
     takes_position_ids: bool
     """Whether the decoder takes position_ids. BLOOM and Mamba do not."""
 

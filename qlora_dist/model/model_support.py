@@ -14,13 +14,32 @@ from qlora_dist.model.weight_reads import find_weight_reads
 
 _CROSS_ATTENTION = {"encoder_attn", "cross_attn", "crossattention"}
 """Names of transformers' modules that attend to the states of an encoder."""
+_OTHER_INPUTS = ("vision", "audio", "vq")
 _UNSUPPORTED = {
+    "diffusion_gemma": "predicts several tokens at a time in any order",
     "cpmant": "puts its own prompt before each sequence",
     "reformer": "takes only sequences of the length that axial_pos_shape gives",
     "xlm": "lets a position see later ones",
     "xlnet": "lets a position see later ones",
 }
 """Reasons why a model is no causal language model for rows of any length, by `model_type`."""
+
+
+def check_text_config(model: PreTrainedModel, path: Path) -> None:
+    """Check that the language model of a class of transformers is a part of its own.
+
+    Raises:
+        UserError: one decoder computes text, images or sounds together. The message names `path`, the model's folder.
+    """
+    config = model.config
+    if config.get_text_config() is config and any(hasattr(config, f"{kind}_config") for kind in _OTHER_INPUTS):
+        raise _unsupported(path, config.model_type, "has no language model apart from its images or sounds")
+    try:
+        has_vocabulary = model.get_input_embeddings() is not None and model.get_output_embeddings() is not None
+    except NotImplementedError:
+        has_vocabulary = False
+    if not has_vocabulary:
+        raise _unsupported(path, config.model_type, "has no single input embedding and output head")
 
 
 def check_model_class(model: PreTrainedModel, path: Path) -> None:
@@ -32,6 +51,8 @@ def check_model_class(model: PreTrainedModel, path: Path) -> None:
     kind = model.config.model_type
     if (reason := _UNSUPPORTED.get(kind)) is not None:
         raise _unsupported(path, kind, reason)
+    if not hasattr(model.config.get_text_config(), "num_hidden_layers"):
+        raise _unsupported(path, kind, "has no single stack of decoder layers")
     attends = any(name.rpartition(".")[2] in _CROSS_ATTENTION for name, _ in model.named_modules())
     if attends or getattr(type(model.config), "is_encoder_decoder", False):
         raise _unsupported(path, kind, "attends to the states of an encoder")

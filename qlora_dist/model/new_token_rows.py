@@ -17,10 +17,12 @@ from torch.distributions import MultivariateNormal, constraints
 from qlora_dist.adapters.attach import seed_from_name
 from qlora_dist.adapters.trainable_tokens import vocab_modules
 from qlora_dist.io.safetensors_file import SafetensorsReader
+from qlora_dist.layers.dequantize import dequantize
 from qlora_dist.layers.token_rows import TOKEN_ROWS_NAME, token_rows
 from qlora_dist.model.meta_model import LossModel
 from qlora_dist.model.model_folder import ModelFolder
-from qlora_dist.nf4.quantize import dequantize_rows, dequantize_weight
+from qlora_dist.nf4.nf4_layout import NF4Layout
+from qlora_dist.nf4.quantize import dequantize_rows
 from qlora_dist.runtime.heartbeat import record_heartbeat
 from qlora_dist.shard_view import flat_offset, full_shape, local_slice, local_tensor
 
@@ -71,29 +73,27 @@ def folder_rows(
 
 
 class _FolderMatrix:
-    """Rows of a tensor in a folder, in 4 bit or not. A 4-bit tensor is read whole."""
+    """Rows of a tensor in a folder. A quantized tensor is read whole."""
 
     def __init__(self, folder: ModelFolder, key: str, reader: SafetensorsReader, device: torch.device) -> None:
         self.shape, self._device, self._reader = folder.shape(key), device, reader
-        self._quantized = folder.quantized.get(key)
-        if self._quantized is None:
+        self._layout, (self.dtype, _) = folder.packed_layout(key), folder.unquantized_format(key)
+        if self._layout is None:
             self._entry = folder.entries[key]
-            self.dtype = self._entry.dtype
         else:
-            self._packed = torch.empty(self._quantized.layout.total_bytes, dtype=torch.uint8)
-            self._quantized.read_range(reader, self._packed, 0)
-            self.dtype = getattr(torch, self._quantized.layout.dtype)
+            self._packed = torch.empty(self._layout.total_bytes, dtype=torch.uint8)
+            folder.read_range(key, reader, self._packed, 0)
 
     def rows(self, first: int, stop: int) -> torch.Tensor:
         """Return the rows as fp32[stop - first, ...] on the device."""
-        if self._quantized is None:
+        if self._layout is None:
             out = torch.empty(stop - first, *self.shape[1:], dtype=self.dtype)
             self._reader.read_into(out, self._entry, first * out[0].nbytes)
             return out.to(self._device).float()
-        layout = self._quantized.layout
-        if layout.shape[1] % layout.block_size:  # rows end within blocks; such matrices are small
-            return dequantize_weight(self._packed, layout, torch.float32)[first:stop].to(self._device)
-        return dequantize_rows(self._packed, layout, torch.arange(first, stop), torch.float32).to(self._device)
+        if isinstance(self._layout, NF4Layout) and self._layout.shape[1] % self._layout.block_size == 0:
+            rows = torch.arange(first, stop)
+            return dequantize_rows(self._packed, self._layout, rows, torch.float32).to(self._device)
+        return dequantize(self._packed, self._layout, torch.float32)[first:stop].to(self._device)
 
     def chunks(self) -> Iterator[torch.Tensor]:
         """Yield all rows."""

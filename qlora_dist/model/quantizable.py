@@ -13,11 +13,13 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_dist.compat.torch import module_parameters
 from qlora_dist.errors import UserError
+from qlora_dist.layers.dequantize import WeightLayout
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.moe import is_moe_experts
 from qlora_dist.model.weight_reads import find_weight_reads
-from qlora_dist.model.weight_sources import WeightSource, expert_key, unsupported_conversion_error
+from qlora_dist.model.weight_sources import WeightSource, unsupported_conversion_error
 from qlora_dist.nf4.nf4_layout import NF4Layout, QuantType
+from qlora_dist.nf4.quant_state import expert_key
 from qlora_dist.nf4.quantize import TORCH_DTYPES
 
 EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
@@ -55,6 +57,17 @@ class SourceMatrix:
     """Index of the matrix in its tensor; None: the whole tensor."""
     transposed: bool
     """Whether it is [in_features, out_features] in a 16-bit folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFormat:
+    """Format in which the linear layers of a folder in 16 bit, or in a published format, are trained."""
+
+    quant_type: QuantType = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+    keep_format: bool = False
+    """Whether weights in a published format keep it, and others stay in 16 bit."""
 
 
 def quantizable_parameters(model: PreTrainedModel, *, embeddings: bool = False) -> Iterator[QuantizableParameter]:
@@ -127,29 +140,27 @@ def source_matrices(
     if source.experts or not target.experts:
         return [SourceMatrix(key, key, None, target.transposed) for key in source.keys]
     (key,) = source.keys
-    return [SourceMatrix(key, expert_key(key, index), index, target.transposed) for index in range(target.experts)]
+    transposed = target.transposed
+    if source.may_be_transposed:
+        shape = folder.entries[key].shape[1:]
+        transposed ^= shape != (target.shape[::-1] if transposed else target.shape)
+    return [SourceMatrix(key, expert_key(key, index), index, transposed) for index in range(target.experts)]
 
 
 def common_layout(
-    parts: list[SourceMatrix],
-    target: QuantizableParameter,
-    folder: ModelFolder,
-    quant_type: QuantType,
-    block_size: int,
-    *,
-    double_quant: bool,
-) -> NF4Layout:
-    """Return the layout that all of a target's matrices have in 4 bit, in the folder or after quantization.
+    parts: list[SourceMatrix], target: QuantizableParameter, folder: ModelFolder, weight_format: WeightFormat
+) -> WeightLayout:
+    """Return the layout that all of a target's matrices have, in the folder or after quantization.
 
     Raises:
         UserError: their layouts or types differ, their shape is not config.json's, or they are no 16- or 32-bit floats.
     """
-    unquantized = [matrix.name for matrix in parts if matrix.name not in folder.quantized]
+    unquantized = [matrix.name for matrix in parts if folder.packed(matrix.name) is None]
     if 0 < len(unquantized) < len(parts):
         raise UserError(
-            f"{folder.path}: {unquantized[0]} is not in 4 bit and others of its layer are; quantize the model anew"
+            f"{folder.path}: {unquantized[0]} is not quantized and others of its layer are; quantize the model anew"
         )
-    layouts = {_layout(matrix, folder, quant_type, block_size, double_quant=double_quant): matrix for matrix in parts}
+    layouts = {_layout(matrix, folder, weight_format): matrix for matrix in parts}
     if len(layouts) > 1:
         one, other = list(layouts.values())[:2]
         raise UserError(f"{folder.path}: {one.name} and {other.name} differ in shape or type; quantize the model anew")
@@ -164,11 +175,24 @@ def common_layout(
     return layout
 
 
-def _layout(
-    matrix: SourceMatrix, folder: ModelFolder, quant_type: QuantType, block_size: int, *, double_quant: bool
-) -> NF4Layout:
-    if matrix.name in folder.quantized:
-        return folder.quantized[matrix.name].layout
+def _layout(matrix: SourceMatrix, folder: ModelFolder, weight_format: WeightFormat) -> WeightLayout:
+    packed = folder.packed(matrix.name)
+    if packed is None:
+        shape, dtype = _unquantized_shape_and_dtype(matrix, folder)
+    elif matrix.name in folder.quantized or weight_format.keep_format:
+        return packed.layout
+    else:
+        shape, dtype = packed.layout.shape, packed.layout.dtype
+    return NF4Layout(
+        shape=shape,
+        quant_type=weight_format.quant_type,
+        block_size=weight_format.block_size,
+        double_quant=weight_format.double_quant,
+        dtype=dtype,
+    )
+
+
+def _unquantized_shape_and_dtype(matrix: SourceMatrix, folder: ModelFolder) -> tuple[tuple[int, ...], str]:
     entry = folder.entries[matrix.key]
     dtype = str(entry.dtype).removeprefix("torch.")
     if dtype not in TORCH_DTYPES:
@@ -176,10 +200,4 @@ def _layout(
     shape = entry.shape if matrix.index is None else entry.shape[1:]
     if len(shape) != 2:
         raise UserError(f"{folder.path}: {matrix.key} has {len(entry.shape)} dimensions; get the folder anew")
-    return NF4Layout(
-        shape=shape[::-1] if matrix.transposed else shape,
-        quant_type=quant_type,
-        block_size=block_size,
-        double_quant=double_quant,
-        dtype=dtype,
-    )
+    return shape[::-1] if matrix.transposed else shape, dtype

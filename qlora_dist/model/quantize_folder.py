@@ -1,11 +1,10 @@
-"""Conversion of a Hugging Face folder in 16 or 32 bit to one in 4 bit, tensor by tensor."""
+"""Conversion of a Hugging Face folder to one in 4 bit, tensor by tensor."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,12 @@ from qlora_dist.io.read_ahead import ReadAhead, ReadProgress, ReadRequest, read_
 from qlora_dist.io.safetensors_file import SafetensorsReader, SafetensorsWriter, specs_bytes
 from qlora_dist.model.model_folder import ModelFolder, read_model_json
 from qlora_dist.model.quantize_plan import ParameterCounts, QuantizeOptions, QuantizePlan, make_quantize_plan
-from qlora_dist.model.save_model_folder import finish_model_folder, split_into_files
-from qlora_dist.model.shard_reader import quantize_from_reads, tensor_reads
+from qlora_dist.model.save_model_folder import finish_model_folder, split_into_files, untie_head
+from qlora_dist.model.shard_reader import decode_from_reads, published_reads, quantize_from_reads, tensor_reads
 from qlora_dist.nf4.quant_state import quant_state_specs, quant_state_tensors
 
 _PLAN_FILE = "quantize-plan.json"
+_LISTED_NAMES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +31,16 @@ class QuantizeReport:
     """Result of `quantize_folder`."""
 
     out: Path
-    counts: ParameterCounts
+    plan: QuantizePlan
     seconds: float
     read_bytes: int
     wait_s: float
     """Seconds spent waiting for the disk."""
-    loads_in_transformers: bool = True
-    """Whether plain transformers loads the folder."""
+
+    @property
+    def counts(self) -> ParameterCounts:
+        """Number of parameters in the folder."""
+        return self.plan.counts
 
 
 def quantize_folder(
@@ -66,7 +69,7 @@ def quantize_folder(
     plan = make_quantize_plan(folder, options)
     if plan.counts.quantized_share < options.min_share:
         share = 100 * plan.counts.quantized_share
-        largest = ", ".join(name for name, _ in Counter(plan.counts.unquantized).most_common(3))
+        largest = ", ".join(plan.counts.largest_unquantized)
         raise UserError(
             f"{source}: only {share:.1f} % of the parameters outside unquantized embeddings and output head would be "
             f"in 4 bit (the largest others: {largest}); to accept that, set --min-share {int(share) / 100}"
@@ -80,12 +83,7 @@ def quantize_folder(
             f"{partial}: cannot be written ({error.strerror}); mend that and run again, which resumes where it stopped"
         ) from None
     return QuantizeReport(
-        out=out,
-        counts=plan.counts,
-        seconds=time.perf_counter() - started,
-        read_bytes=reading.read_bytes,
-        wait_s=reading.wait_s,
-        loads_in_transformers=plan.loads_in_transformers,
+        out=out, plan=plan, seconds=time.perf_counter() - started, read_bytes=reading.read_bytes, wait_s=reading.wait_s
     )
 
 
@@ -98,7 +96,7 @@ def _write_folder(
         (partial / f"model-{index:05}-of-{len(files):05}.safetensors", names) for index, names in enumerate(files, 1)
     ]
     todo = [(path, names) for path, names in work if not path.exists()]
-    total = sum(entry.nbytes for entry in folder.entries.values())
+    total = sum(_file_bytes(folder, name) for name in folder.names)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     bars = Progress(*columns, console=console, disable=not console.is_terminal)
     with bars as progress, SafetensorsReader() as reader:
@@ -131,9 +129,15 @@ def print_quantize_report(report: QuantizeReport, console: Console) -> None:
         f"  not quantized: {name} ({count:,})"
         for name, count in sorted(counts.unquantized.items(), key=lambda item: -item[1])
     ]
-    if counts.unused:
-        lines.append(f"  copied, but neither loaded by transformers nor trained: {counts.unused:,} elements")
-    if not report.loads_in_transformers:
+    if report.plan.towers:
+        lines.append(f"  copied, because only text is trained: {', '.join(report.plan.towers)} ({counts.towers:,})")
+    if report.plan.without_adapter:
+        names = ", ".join(report.plan.without_adapter)
+        lines.append(f"  in 4 bit, but without an adapter, because the model's code reads the weight itself: {names}")
+    if unused := report.plan.unused:
+        names = ", ".join(unused[:_LISTED_NAMES]) + (" and others" if len(unused) > _LISTED_NAMES else "")
+        lines.append(f"  copied, but neither loaded by transformers nor trained: {names} ({counts.unused:,} elements)")
+    if not report.plan.loads_in_transformers:
         lines.append(
             "  plain transformers does not load this folder; to use its adapters there, give them the 16-bit model or "
             "merge them"
@@ -144,13 +148,13 @@ def print_quantize_report(report: QuantizeReport, console: Console) -> None:
 
 
 def _files(plan: QuantizePlan, folder: ModelFolder, file_bytes: int) -> list[list[str]]:
-    names = sorted(plan.weights, key=lambda name: (folder.entries[name].path, folder.entries[name].start))
+    names = sorted(plan.weights, key=folder.file_position)
     return split_into_files({name: specs_bytes(_specs([name], plan, folder)) for name in names}, file_bytes)
 
 
 def _prepare_partial_folder(partial: Path, folder: ModelFolder, options: QuantizeOptions) -> None:
     """Keep the files of an interrupted run of the same plan, and delete all others."""
-    sources = {entry.path for entry in folder.entries.values()}
+    sources = {folder.file_position(name)[0] for name in folder.names}
     stats = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(sources)}
     plan = json.dumps({"source": str(folder.path.resolve()), "files": stats, "options": vars(options)}, sort_keys=True)
     if (partial / _PLAN_FILE).exists() and (partial / _PLAN_FILE).read_text() == plan:
@@ -166,16 +170,36 @@ def _write_file(
     writer = SafetensorsWriter(path, _specs(names, plan, folder))
     for name in names:
         if not plan.weights[name]:
-            for start, _ in read_chunks(folder.entries[name].nbytes):
-                writer.write(name, next(ahead), start)
+            _write_unquantized(name, folder, ahead, device, writer)
         for matrix, layout in plan.weights[name]:
-            packed = quantize_from_reads(ahead, layout, device, transposed=matrix.transposed)
+            packed = quantize_from_reads(ahead, layout, device, folder, matrix)
             for key, tensor in quant_state_tensors(matrix.name, packed, layout).items():
                 writer.write(key, tensor)
     writer.close()
 
 
+def _write_unquantized(
+    name: str, folder: ModelFolder, ahead: ReadAhead, device: torch.device, writer: SafetensorsWriter
+) -> None:
+    """Copy a tensor, or write the values of a weight in a published format."""
+    if name in folder.published:
+        position = 0
+        for rows in decode_from_reads(ahead, folder.published[name], device):
+            writer.write(name, rows, position)
+            position += rows.nbytes
+    else:
+        for start, _ in read_chunks(folder.entries[name].nbytes):
+            writer.write(name, next(ahead), start)
+
+
+def _file_bytes(folder: ModelFolder, name: str) -> int:
+    return folder.published[name].nbytes if name in folder.published else folder.entries[name].nbytes
+
+
 def _reads(name: str, plan: QuantizePlan, folder: ModelFolder, reader: SafetensorsReader) -> Iterator[ReadRequest]:
+    if name in folder.published:
+        yield from published_reads(reader, folder.published[name])
+        return
     for index in [matrix.index for matrix, _ in plan.weights[name]] or [None]:
         yield from tensor_reads(reader, folder.entries[name], index)
 
@@ -185,7 +209,7 @@ def _specs(
 ) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
     for name in names:
         if not plan.weights[name]:
-            yield name, folder.entries[name].dtype, folder.entries[name].shape
+            yield name, *folder.unquantized_format(name)
         for matrix, layout in plan.weights[name]:
             yield from quant_state_specs(matrix.name, layout)
 
@@ -206,6 +230,6 @@ def _write_config_and_index(
         "llm_int8_skip_modules": plan.skip_modules,
     }
     if plan.unties_head:
-        config["tie_word_embeddings"] = False
+        untie_head(config)
     (partial / _PLAN_FILE).unlink()
     finish_model_folder(partial, out, folder.path, config)

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-import transformers
 from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from qlora_dist.compat.torch import module_parameters
+from qlora_dist.compat.transformers import load_model_config
 from qlora_dist.config.sections import ModelConfig
 from qlora_dist.errors import UserError
 from qlora_dist.layers.embedding import check_vocab_class
 from qlora_dist.model.buffers import check_meta_buffers
 from qlora_dist.model.logit_scale import measure_logit_scale
-from qlora_dist.model.meta_model import build_meta_model, causal_lm_on_meta
+from qlora_dist.model.meta_model import build_meta_model
+from qlora_dist.model.model_class import keep_language_model, whole_model_on_meta
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantizable import (
     SourceMatrix,
+    WeightFormat,
     common_layout,
     has_tied_embeddings,
     quantizable_parameters,
     source_matrices,
 )
-from qlora_dist.model.weight_sources import find_weight_sources
+from qlora_dist.model.weight_reads import find_weight_reads
+from qlora_dist.model.weight_sources import find_weight_sources, target_names
 from qlora_dist.nf4.nf4_layout import BLOCK_SIZES, NF4Layout, QuantType
 
 
@@ -100,6 +105,10 @@ class ParameterCounts:
     """Parameters of embeddings and output head that stay unquantized."""
     unquantized: dict[str, int]
     """Parameters of each tensor that is not quantized, by name without layer numbers."""
+    towers: int = 0
+    """Parameters of a multimodal model outside its language model. They are copied and count nowhere else."""
+    embeddings: frozenset[str] = frozenset()
+    """Names in `unquantized` of embeddings and output head."""
     unused: int = 0
     """Elements of tensors that transformers does not load, such as layers that predict further tokens. They are copied
     and do not count as parameters."""
@@ -109,6 +118,12 @@ class ParameterCounts:
         """Share of parameters in 4 bit, among those outside unquantized embeddings and output head."""
         return self.quantized / max(1, self.parameters - self.unquantized_embeddings)
 
+    @property
+    def largest_unquantized(self) -> list[str]:
+        """Names of the three largest tensors that lower `quantized_share`."""
+        others = Counter({name: count for name, count in self.unquantized.items() if name not in self.embeddings})
+        return [name for name, _ in others.most_common(3)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizePlan:
@@ -117,8 +132,14 @@ class QuantizePlan:
     weights: dict[str, list[tuple[SourceMatrix, NF4Layout]]]
     """Matrices to quantize in each tensor, by the tensor's name; an empty list: the tensor is copied."""
     skip_modules: list[str]
-    """Linear layers outside the decoder that stay unquantized, by name in transformers' class."""
+    """Modules outside the decoder that stay unquantized, by name in transformers' class."""
     counts: ParameterCounts
+    towers: tuple[str, ...]
+    """Parts of a multimodal class besides its language model, whose tensors are copied."""
+    unused: tuple[str, ...] = ()
+    """The outermost modules whose tensors transformers does not load."""
+    without_adapter: tuple[str, ...] = ()
+    """Quantized layers whose weight the model's code reads itself, so that they get no adapter."""
     unties_head: bool = False
     """Whether the folder holds an output head that differs from the embedding to which config.json ties it."""
     loads_in_transformers: bool = True
@@ -128,21 +149,28 @@ class QuantizePlan:
 
 def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> QuantizePlan:
     """Decide on every tensor of a folder."""
-    model = causal_lm_on_meta(folder, torch.bfloat16)
+    model = whole_model_on_meta(folder, torch.bfloat16)
+    targets = target_names(model, folder.names)
+    towers = keep_language_model(model, folder.path)
     measure_logit_scale(model)  # refuses a model that cannot be trained now, and not after hours
-    sources = find_weight_sources(model, folder.entries)
-    weights: dict[str, list[tuple[SourceMatrix, NF4Layout]]] = {name: [] for name in folder.entries}
+    sources = find_weight_sources(model, folder.names)
+    weights: dict[str, list[tuple[SourceMatrix, NF4Layout]]] = {name: [] for name in folder.names}
+    weight_format = WeightFormat(
+        quant_type=options.quant_type, block_size=options.block_size, double_quant=options.double_quant
+    )
     head_in_4_bit, loads_in_transformers = False, True
+    reads, without_adapter = find_weight_reads(model), set()
     for target in quantizable_parameters(model, embeddings=options.embeddings):
         if target.role != "layer":
             check_vocab_class(model.get_submodule(target.module))
             head_in_4_bit |= target.role == "head"
+        elif target.module in reads:
+            without_adapter.add(_without_numbers(target.module))
         plain = target.role == "layer" and not target.experts
         loads_in_transformers &= plain and not isinstance(model.get_submodule(target.module), FalconLinear)
         parts = source_matrices(target, sources, folder)
-        layout = common_layout(
-            parts, target, folder, options.quant_type, options.block_size, double_quant=options.double_quant
-        )
+        layout = common_layout(parts, target, folder, weight_format)
+        assert isinstance(layout, NF4Layout), "without keep_format"
         for matrix in parts:
             weights[matrix.key].append((matrix, layout))
     model_config = ModelConfig(
@@ -166,29 +194,63 @@ def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> Quantiz
             weights.pop(key)
     outside = {key for key in outside if key in weights and not weights[key]}
     used = {key for source in sources.values() for key in source.keys}
-    published = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
-    ties, tied = (getattr(c.get_text_config(), "tie_word_embeddings", False) for c in (published, model.config))
+    in_towers = {key for key, name in targets.items() if key not in used and towers.holds(name)}
+    buffers = {key for name, _ in model.named_buffers() if name in sources for key in sources[name].keys}
+    published = load_model_config(folder.path)
+    ties, tied = (
+        [getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config())]
+        for config in (published, model.config)
+    )
     return QuantizePlan(
         weights=weights,
-        skip_modules=[] if head_in_4_bit else sorted({head_name, "lm_head"}),
-        counts=_count(folder, weights, outside, used),
-        unties_head=bool(ties and not tied),
+        skip_modules=sorted({*towers.paths, *(() if head_in_4_bit else (head_name, "lm_head"))}),
+        counts=_count(
+            folder, {name: parts for name, parts in weights.items() if name not in buffers}, outside, used, in_towers
+        ),
+        towers=towers.paths,
+        unused=_outermost_unused(weights, used | in_towers),
+        without_adapter=tuple(sorted(without_adapter)),
+        unties_head=ties != tied,
         loads_in_transformers=loads_in_transformers,
     )
 
 
 def _count(
-    folder: ModelFolder, weights: dict[str, list[tuple[SourceMatrix, NF4Layout]]], outside: set[str], used: set[str]
+    folder: ModelFolder,
+    weights: dict[str, list[tuple[SourceMatrix, NF4Layout]]],
+    outside: set[str],
+    used: set[str],
+    in_towers: set[str],
 ) -> ParameterCounts:
+    def numel(names: Iterable[str]) -> int:
+        return sum(math.prod(folder.shape(name)) for name in names)
+
     unquantized: Counter[str] = Counter()
     for name, parts in weights.items():
         if not parts and name in used:
-            unquantized[re.sub(r"\.\d+(?=\.|$)", ".*", name)] += torch.Size(folder.entries[name].shape).numel()
+            unquantized[_without_numbers(name)] += math.prod(folder.shape(name))
     quantized = sum(layout.numel for parts in weights.values() for _, layout in parts)
     return ParameterCounts(
         parameters=quantized + sum(unquantized.values()),
         quantized=quantized,
-        unquantized_embeddings=sum(torch.Size(folder.entries[name].shape).numel() for name in outside),
+        unquantized_embeddings=numel(outside),
         unquantized=dict(unquantized),
-        unused=sum(torch.Size(folder.entries[name].shape).numel() for name in weights if name not in used),
+        towers=numel(in_towers),
+        embeddings=frozenset(_without_numbers(name) for name in outside),
+        unused=numel(weights.keys() - used - in_towers),
     )
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def _outermost_unused(names: Iterable[str], used: set[str]) -> tuple[str, ...]:
+    """Return the shortest prefixes of unused names that no used name has, such as `mtp` or `model.layers.61`."""
+    parents = {".".join(parts[:n]) for parts in (name.split(".") for name in used) for n in range(len(parts) + 1)}
+    found: dict[str, None] = {}
+    for parts in (name.split(".") for name in names if name not in used):
+        prefixes = (".".join(parts[: n + 1]) for n in range(len(parts)))
+        outermost = next(prefix for prefix in prefixes if prefix not in parents)
+        found[re.sub(r"\.\d+(?=\.)", ".*", outermost)] = None  # in the order of the folder
+    return tuple(found)

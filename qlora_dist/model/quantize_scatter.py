@@ -75,7 +75,7 @@ def quantize_and_scatter(
         sent, sent_sizes = torch.empty(0, dtype=torch.uint8, device=device), [0] * world_size
         if rank < len(round_matrices):
             own = round_matrices[rank]
-            sent = reader.quantize_next(own.layout, transposed=own.matrix.transposed)
+            sent = reader.quantize_next(own.layout, own.matrix)
             parts = [own.sent_range(r, shards, num_replicas) for r in range(world_size)]
             sent_sizes = [last - first for first, last in parts]
             if num_replicas > 1:

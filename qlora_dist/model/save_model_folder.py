@@ -29,6 +29,21 @@ def split_into_files(sizes: Mapping[_Key, int], file_bytes: int) -> list[list[_K
     return files
 
 
+def untie_head(config: dict[str, Any]) -> None:
+    """Change a config.json so that the output head is a matrix of its own, in a multimodal model too."""
+    config["tie_word_embeddings"] = False
+    if isinstance(text := config.get("text_config"), Mapping):
+        config["text_config"] = {**text, "tie_word_embeddings": False}
+
+
+def set_vocab_size(config: dict[str, Any], size: int) -> None:
+    """Change a config.json to the embedding's number of rows, which is a key of a multimodal model's `text_config`."""
+    if isinstance(text := config.get("text_config"), Mapping):
+        config["text_config"] = {**text, "vocab_size": size}
+    if "vocab_size" in config or text is None:
+        config["vocab_size"] = size
+
+
 def finish_model_folder(
     partial: Path, out: Path, source: Path, config: Mapping[str, Any], replaced: Sequence[str] = ()
 ) -> None:

@@ -7,18 +7,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from qlora_dist.formats.published_entry import PublishedWeightEntry
 from qlora_dist.io.read_ahead import ReadAhead, ReadProgress, ReadRequest, read_chunks
 from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry
+from qlora_dist.layers.dequantize import dequantize
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantizable import SourceMatrix
 from qlora_dist.nf4.nf4_layout import NF4Layout
-from qlora_dist.nf4.quantize import dequantize_weight, quantize_chunks
+from qlora_dist.nf4.quantize import quantize_chunks
 
 _EXCHANGED_BYTES = 2**20  # per exchange of all replicas: gloo allocates up to twenty times as much
 _ALIGNMENT = 8  # bytes of a part: a multiple of every element size
@@ -37,7 +38,7 @@ class LocalShard:
     keys: tuple[str, ...]
     """Names of the tensors in the folder. The parameter concatenates them; they have one type."""
     start: int
-    """First byte in the concatenated tensors, or in the byte vectors of 4-bit weights."""
+    """First byte in the concatenated tensors, or in the byte vectors of quantized weights."""
     write: WriteShard
     """Function that writes the shard's elements."""
 
@@ -49,8 +50,8 @@ class ShardReader:
     Call `load_shards` first, then `quantize_next` for each weight in the given order. Memory holds the shards, two
     chunks, and the packed weight that is being quantized.
 
-    `self.shards` has the shards in the order of the files. `to_quantize` are 16- or 32-bit weights that this rank reads
-    as a whole. `device` is the place of exchanges and quantization. `progress` is called after each read.
+    `self.shards` has the shards in the order of the files. `to_quantize` are weights that are not in 4 bit, which this
+    rank reads as a whole. `device` is the place of exchanges and quantization. `progress` is called after each read.
     """
 
     def __init__(
@@ -62,11 +63,13 @@ class ShardReader:
         device: torch.device,
         progress: Callable[[ReadProgress], None] | None = None,
     ) -> None:
-        self.shards = sorted((s for s in shards if s.local.numel()), key=lambda shard: _file_position(folder, shard))
+        self.shards = sorted(
+            (s for s in shards if s.local.numel()), key=lambda shard: folder.file_position(shard.keys[0])
+        )
         self._folder, self._replicas, self._device = folder, replicas, device
         self._reader = SafetensorsReader()
         reads = [read for shard in self.shards for read in self._shard_reads(shard)]
-        reads += [read for m in to_quantize for read in tensor_reads(self._reader, folder.entries[m.key], m.index)]
+        reads += [read for m in to_quantize for read in matrix_reads(self._reader, folder, m)]
         self._read_ahead = ReadAhead(reads, progress)
 
     @property
@@ -83,16 +86,17 @@ class ShardReader:
                 else:
                     self._exchange(shard, start, nbytes, data)
 
-    def quantize_next(self, layout: NF4Layout, *, transposed: bool) -> torch.Tensor:
+    def quantize_next(self, layout: NF4Layout, matrix: SourceMatrix) -> torch.Tensor:
         """Return uint8[layout.total_bytes] on the device: the next weight of `to_quantize`, packed."""
-        return quantize_from_reads(self._read_ahead, layout, self._device, transposed=transposed)
+        return quantize_from_reads(self._read_ahead, layout, self._device, self._folder, matrix)
 
     def read_dequantized(self, key: str, dtype: torch.dtype) -> torch.Tensor:
-        """Read a whole 4-bit weight and return it as `dtype` on the device."""
-        weight = self._folder.quantized[key]
-        packed = torch.empty(weight.layout.total_bytes, dtype=torch.uint8)
-        weight.read_range(self._reader, packed, 0)
-        return dequantize_weight(packed.to(self._device), weight.layout, dtype)
+        """Read a whole quantized weight and return it as `dtype` on the device."""
+        weight = self._folder.packed(key)
+        assert weight is not None, f"{key} is not quantized"
+        vector = torch.empty(weight.layout.total_bytes, dtype=torch.uint8)
+        weight.read_range(self._reader, vector, 0)
+        return dequantize(vector.to(self._device), weight.layout, dtype)
 
     def _parts(self, shard: LocalShard) -> Iterator[tuple[int, int, int]]:
         """Yield the chunks of this rank's part of a shard: first byte in the shard, length, bytes that are read.
@@ -148,7 +152,7 @@ class ShardReader:
 
     def _dtype(self, shard: LocalShard) -> torch.dtype:
         key = shard.keys[0]
-        return torch.uint8 if key in self._folder.quantized else self._folder.entries[key].dtype
+        return torch.uint8 if self._folder.packed(key) is not None else self._folder.entries[key].dtype
 
     def _nbytes(self, shard: LocalShard) -> int:
         return shard.local.numel() * self._dtype(shard).itemsize
@@ -176,22 +180,49 @@ def tensor_reads(reader: SafetensorsReader, entry: TensorEntry, index: int | Non
         yield ReadRequest(nbytes, partial(reader.read_into, entry=entry, start=first + start))
 
 
-def quantize_from_reads(ahead: ReadAhead, layout: NF4Layout, device: torch.device, *, transposed: bool) -> torch.Tensor:
-    """Return uint8[layout.total_bytes] on the device: the packed weight whose `tensor_reads` are next in `ahead`.
+def matrix_reads(reader: SafetensorsReader, folder: ModelFolder, matrix: SourceMatrix) -> Iterator[ReadRequest]:
+    """Yield the reads of a matrix that is not in 4 bit."""
+    published = folder.published.get(matrix.name)
+    if published is not None:
+        yield from published_reads(reader, published)
+    else:
+        yield from tensor_reads(reader, folder.entries[matrix.key], matrix.index)
+
+
+def published_reads(reader: SafetensorsReader, entry: PublishedWeightEntry) -> Iterator[ReadRequest]:
+    """Yield the reads of a weight in a published format, one for each of its `row_chunks`."""
+    for first, stop in entry.row_chunks():
+        yield ReadRequest(
+            entry.rows_nbytes(first, stop), partial(_read_published_rows, reader, entry, first=first, stop=stop)
+        )
+
+
+def _read_published_rows(
+    reader: SafetensorsReader, entry: PublishedWeightEntry, out: torch.Tensor, first: int, stop: int
+) -> None:
+    entry.read_rows(reader, out, first, stop)
+
+
+def decode_from_reads(ahead: ReadAhead, entry: PublishedWeightEntry, device: torch.device) -> Iterator[torch.Tensor]:
+    """Yield the rows of a weight whose `published_reads` are next in `ahead`, [rows, in_features] on the device."""
+    for first, stop in entry.row_chunks():
+        yield entry.decode_rows(next(ahead).to(device), first, stop)
+
+
+def quantize_from_reads(
+    ahead: ReadAhead, layout: NF4Layout, device: torch.device, folder: ModelFolder, matrix: SourceMatrix
+) -> torch.Tensor:
+    """Return uint8[layout.total_bytes] on the device: the packed weight whose `matrix_reads` are next in `ahead`.
 
     A weight that lies transposed in the file is held as a whole.
     """
+    published = folder.published.get(matrix.name)
+    if published is not None:
+        return quantize_chunks((rows.flatten() for rows in decode_from_reads(ahead, published, device)), layout, device)
     dtype = getattr(torch, layout.dtype)
     flat: Iterator[torch.Tensor] = (next(ahead).view(dtype) for _ in read_chunks(layout.numel * dtype.itemsize))
-    if transposed:
+    if matrix.transposed:
         rows, columns = layout.shape
         weight = torch.cat([piece.clone() for piece in flat])
         flat = iter([weight.view(columns, rows).T.contiguous().view(-1)])
     return quantize_chunks(flat, layout, device)
-
-
-def _file_position(folder: ModelFolder, shard: LocalShard) -> tuple[Path, int]:
-    key = shard.keys[0]
-    quantized = folder.quantized.get(key)
-    entry = quantized.parts[0][1] if quantized is not None else folder.entries[key]
-    return entry.path, entry.start

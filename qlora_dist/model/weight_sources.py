@@ -15,6 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -22,6 +23,7 @@ from transformers.core_model_loading import (
 )
 
 from qlora_dist.errors import UserError
+from qlora_dist.nf4.quant_state import expert_key
 
 _EXPERT_KEY = re.compile(r"(?P<tensor>.+)\.(?P<expert>\d+)\.weight")
 
@@ -34,11 +36,8 @@ class WeightSource:
     """Names in the folder. Stacked experts are listed expert by expert, each expert's matrices from top to bottom."""
     experts: int = 0
     """Number of experts whose matrices are separate tensors; 0: `keys` are concatenated along the rows."""
-
-
-def expert_key(key: str, expert: int) -> str:
-    """Return the name that one expert's matrix of a stacked tensor has in a 4-bit folder."""
-    return f"{key}.{expert}.weight"
+    may_be_transposed: bool = False
+    """Whether transformers transposes the tensor of all experts if its shape is not the parameter's."""
 
 
 def stacked_tensor_name(key: str, expert: int) -> str:
@@ -55,23 +54,15 @@ def find_weight_sources(model: PreTrainedModel, names: Iterable[str]) -> dict[st
     Raises:
         UserError: transformers rearranges a tensor on loading in an unsupported way.
     """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    converter_of = {pattern: c for c in converters for pattern in c.source_patterns}
-    targets = model.state_dict()
-    prefix = model.base_model_prefix
+    converter_of = {
+        pattern: transform
+        for transform in get_model_conversion_mapping(model)
+        if isinstance(transform, WeightConverter)
+        for pattern in transform.source_patterns
+    }
     sources: dict[str, WeightSource] = {}
     stacked: dict[str, dict[str, list[str]]] = {}
-    for key in sorted(names, key=dot_natural_key):
-        target, pattern = rename_source_key(key, renamings, converters, prefix, targets)
-        if target not in targets:  # as in transformers: a rule may match a name that is already right
-            target, pattern = rename_source_key(key, [], [], prefix, targets)
-        if target not in targets and (match := _EXPERT_KEY.fullmatch(key)):
-            target, _ = rename_source_key(match["tensor"], renamings, converters, prefix, targets)
-            pattern = "" if target in targets else None
-        if target not in targets:
-            continue  # not the model's: another head, or a mask that older versions saved
+    for key, (target, pattern) in _find_targets(model, names).items():
         if pattern is None:
             sources[target] = WeightSource((key,))
         else:
@@ -79,6 +70,31 @@ def find_weight_sources(model: PreTrainedModel, names: Iterable[str]) -> dict[st
     for target, by_pattern in stacked.items():
         sources[target] = _stacked_source(target, by_pattern, converter_of)
     return sources
+
+
+def target_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Map those of a folder's tensors that the model loads to the name of the model's tensor."""
+    return {key: target for key, (target, _) in _find_targets(model, names).items()}
+
+
+def _find_targets(model: PreTrainedModel, names: Iterable[str]) -> dict[str, tuple[str, str | None]]:
+    """Map a folder's tensors to the model's tensor and the rule that converts them; "" for experts in 4 bit."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    targets = model.state_dict()
+    prefix = model.base_model_prefix
+    found: dict[str, tuple[str, str | None]] = {}
+    for key in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(key, renamings, converters, prefix, targets)
+        if target not in targets:  # as in transformers: a rule may match a name that is already right
+            target, pattern = rename_source_key(key, [], [], prefix, targets)
+        if target not in targets and (match := _EXPERT_KEY.fullmatch(key)):
+            target, _ = rename_source_key(match["tensor"], renamings, converters, prefix, targets)
+            pattern = "" if target in targets else None
+        if target in targets:  # else it is not the model's: another head, or a mask that older versions saved
+            found[key] = target, pattern
+    return found
 
 
 def unsupported_conversion_error(target: str, operations: str) -> UserError:
@@ -96,6 +112,9 @@ def _stacked_source(
         columns = [by_pattern[""]]
     else:
         converter = converter_of[next(iter(by_pattern))]
+        if [vars(operation) for operation in converter.operations] == [vars(Transpose(1, 2, check_dims=True))]:
+            ((key,),) = by_pattern.values()
+            return WeightSource((key,), may_be_transposed=True)
         kinds = [(type(operation), operation.dim) for operation in converter.operations if hasattr(operation, "dim")]
         expected = [(MergeModulelist, 0), (Concatenate, 1)]
         if len(converter.operations) != len(kinds) or kinds not in (expected, expected[:1], [(Concatenate, 0)]):

@@ -39,6 +39,11 @@ class QuantizedWeightEntry:
     offset: float | None
     """Offset of the absmax values, which the file stores as a number in the JSON; None: no double quantization."""
 
+    @property
+    def first_tensor(self) -> TensorEntry:
+        """The codes' tensor."""
+        return self.parts[0][1]
+
     def read_range(self, reader: SafetensorsReader, out: torch.Tensor, start: int) -> None:
         """Fill `out: uint8[n]` (CPU) with bytes start .. start+n of the vector. No other bytes are read."""
         position, stop = start, start + out.numel()
@@ -55,6 +60,11 @@ class QuantizedWeightEntry:
             if lo < hi:
                 value = torch.tensor([self.offset], dtype=torch.float32).view(torch.uint8)
                 out[lo - start : hi - start] = value[lo - span.start : hi - span.start]
+
+
+def expert_key(key: str, expert: int) -> str:
+    """Return the name that one expert's matrix of a stacked tensor has among the weights of a quantized folder."""
+    return f"{key}.{expert}.weight"
 
 
 def find_quantized_weights(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from qlora_dist.plan.kept_format import BYTES_16_BIT
 from qlora_dist.plan.layer_spec import LayerSpec, LinearSpec
 from qlora_dist.plan.run_spec import RunSpec
 
@@ -151,7 +152,13 @@ def dequantized_weight_bytes(run: RunSpec, matrix: LinearSpec) -> int:
 
 
 def _dequantize_peak_bytes(run: RunSpec, matrix: LinearSpec) -> int:
-    """Return the bytes that dequantizing a matrix allocates, its temporary fp32 absmax values included."""
+    """Return the bytes that dequantizing a matrix allocates.
+
+    Beside the weight these are the temporary fp32 absmax values, or for a published format its values in 16 bit.
+    """
+    if run.model.keep_format:
+        rounded_bytes = BYTES_16_BIT * matrix.rows * matrix.in_features
+        return dequantized_weight_bytes(run, matrix) + (rounded_bytes if run.compute_bytes > BYTES_16_BIT else 0)
     layout = run.model.layout(matrix)
     return dequantized_weight_bytes(run, matrix) + (FP32_BYTES * layout.num_blocks if layout.double_quant else 0)
 

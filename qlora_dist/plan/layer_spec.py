@@ -68,6 +68,7 @@ class LayerSpec:
     num_experts_per_tok: int = 0
     has_fp32_router_weights: bool = False
     """True if the router's weights, and so the experts' weighted outputs, are fp32."""
+    is_sparse: bool = False
     num_norms: int = 2
     """Number of norms over the hidden dimension."""
     rope_head_dim: int = 0
@@ -141,6 +142,7 @@ def _layer(config: Mapping[str, Any], index: int, lora: LoraConfig) -> LayerSpec
         moe_intermediate_size=expert_intermediate,
         num_experts_per_tok=per_token,
         has_fp32_router_weights=bool(per_token) and config["model_type"] != "qwen3_moe",
+        is_sparse=bool(per_token),
         num_norms=norms,
         rope_head_dim=config.get("qk_rope_head_dim") or head_dim(config),
         buffer_bytes=buffer_bytes,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from qlora_dist.config.sections import LoraConfig
 from qlora_dist.nf4.nf4_layout import NF4Layout
+from qlora_dist.plan.kept_format import read_kept_format
 from qlora_dist.plan.layer_spec import LayerSpec, LinearSpec, decoder_layer_specs, head_dim
 
 FsdpUnitKind = Literal["embedding", "shared_embedding", "layer", "head", "root"]
@@ -55,6 +56,8 @@ class ModelSpec:
     embeddings: Literal["16bit", "4bit"]
     block_size: int
     double_quant: bool
+    keep_format: bool
+    """True if linear layers are in the published format of the folder."""
     r: int
     """Rank of the adapters."""
     has_logit_softcapping: bool
@@ -90,10 +93,12 @@ def make_model_spec(
     double_quant: bool = True,
     embeddings: Literal["16bit", "4bit"] = "16bit",
     new_tokens: int = 0,
+    keep_format: bool = False,
 ) -> ModelSpec:
     """Return the specification of a model with its adapters, from the content of config.json.
 
     Each of the `new_tokens` has a trained row of embedding and head, after the rows that config.json counts.
+    With `keep_format`, linear layers are in the published format that config.json describes.
 
     Raises:
         UserError: the architecture is not supported.
@@ -106,7 +111,21 @@ def make_model_spec(
     def layout(rows: int, columns: int) -> NF4Layout:
         return NF4Layout(shape=(rows, columns), block_size=block_size, double_quant=double_quant)
 
-    units = {layer: FsdpUnit("layer", tuple(_parameters(layer, lora, layout)), layer) for layer in layers}
+    kept = read_kept_format(config) if keep_format else None
+
+    def matrix_bytes(layer: LayerSpec, index: int, matrix: LinearSpec) -> int:
+        if kept is None:
+            return layout(matrix.rows, matrix.in_features).total_bytes
+        covered = kept.covers(f"model.layers.{index}.{module_path(layer, matrix)}")
+        return kept.vector_bytes(matrix.rows, matrix.in_features, covered=covered)
+
+    units: dict[tuple[LayerSpec, tuple[int, ...]], FsdpUnit] = {}
+    layer_units: list[FsdpUnit] = []
+    for index, layer in enumerate(layers):
+        sizes = tuple(matrix_bytes(layer, index, matrix) for matrix in layer.matrices)
+        if (layer, sizes) not in units:
+            units[layer, sizes] = FsdpUnit("layer", tuple(_parameters(layer, lora, sizes)), layer)
+        layer_units.append(units[layer, sizes])
 
     def matrices(name: str) -> tuple[ParameterSpec, ...]:
         if name in lora.modules_to_save or (tied and {"embed_tokens", "lm_head"} & {*lora.modules_to_save}):
@@ -119,7 +138,7 @@ def make_model_spec(
     return ModelSpec(
         units=(
             FsdpUnit("shared_embedding" if tied else "embedding", matrices("embed_tokens")),
-            *(units[layer] for layer in layers),
+            *layer_units,
             *([] if tied else [FsdpUnit("head", matrices("lm_head"))]),
             FsdpUnit("root", (ParameterSpec((hidden,)),)),
         ),
@@ -129,6 +148,7 @@ def make_model_spec(
         embeddings=embeddings,
         block_size=block_size,
         double_quant=double_quant,
+        keep_format=keep_format,
         r=lora.r,
         has_logit_softcapping=bool(config.get("final_logit_softcapping")),
         buffer_bytes=sum(layer.buffer_bytes for layer in layers) + _rotary_bytes(config),
@@ -138,11 +158,19 @@ def make_model_spec(
 _TIED_BY_DEFAULT = ("gemma2",)  # model types whose config.json may omit `tie_word_embeddings: true`
 
 
-def _parameters(layer: LayerSpec, lora: LoraConfig, layout: Callable[[int, int], NF4Layout]) -> list[ParameterSpec]:
+def module_path(layer: LayerSpec, matrix: LinearSpec) -> str:
+    """Return the path of a matrix's module within its layer, as checkpoints name it; for experts, of the first one."""
+    if matrix.name.endswith(("gate_proj", "up_proj", "down_proj")):
+        owner = "mlp.experts.0" if matrix.experts else "mlp.shared_experts" if layer.is_sparse else "mlp"
+        return f"{owner}.{matrix.name.replace('gate_up_proj', 'gate_proj')}"
+    return f"self_attn.{matrix.name}"
+
+
+def _parameters(layer: LayerSpec, lora: LoraConfig, sizes: Sequence[int]) -> list[ParameterSpec]:
+    """Return a layer's parameters. `sizes` are the bytes of each matrix, of one part of one expert."""
     parameters = [ParameterSpec(shape) for shape in layer.plain]
-    for matrix in layer.matrices:
+    for matrix, matrix_bytes in zip(layer.matrices, sizes, strict=True):
         count = matrix.experts * matrix.parts if matrix.experts else 1
-        matrix_bytes = layout(matrix.rows, matrix.in_features).total_bytes
         parameters.append(ParameterSpec((count * matrix_bytes,), is_quantized=True))
         if matrix.has_bias:
             parameters.append(ParameterSpec((matrix.rows,)))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
+from qlora_dist.plan.model_config import language_model_config
 from qlora_dist.plan.model_spec import ModelSpec, make_model_spec
 from qlora_dist.plan.step_traffic import ShardCounts
 from qlora_dist.runtime.byte_sizes import COMPUTE_BYTES
@@ -130,10 +131,11 @@ def _run_model_spec(config: Config, model_config: Mapping[str, Any]) -> ModelSpe
     if quantization.get("quant_method") == "bitsandbytes":
         double_quant = bool(quantization.get("bnb_4bit_use_double_quant", False))
     return make_model_spec(
-        model_config,
+        language_model_config(model_config),
         config.lora,
         block_size=model.block_size,
         double_quant=double_quant,
         embeddings=model.embeddings,
+        keep_format=model.keep_format,
         new_tokens=len({*model.add_tokens, *config.lora.trainable_tokens}),
     )

@@ -11,7 +11,7 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from qlora_dist.io.safetensors_file import TensorEntry
-from qlora_dist.model.meta_model import causal_lm_on_meta
+from qlora_dist.model.model_class import causal_lm_on_meta
 from qlora_dist.model.model_folder import ModelFolder
 
 
@@ -27,7 +27,8 @@ class FakeCheckpoint(ModelFolder):
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
-        self.path, self.config, self.quantized, self.entries = path, dict(config), {}, {}
+        self.path, self.config, self.entries = path, dict(config), {}
+        self.quantized, self.published = {}, {}
         self.config.pop("quantization_config", None)
         (path / "config.json").write_text(json.dumps(self.config))
         dtype_name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")

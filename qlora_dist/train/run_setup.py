@@ -38,7 +38,8 @@ from qlora_dist.errors import UserError
 from qlora_dist.io.safetensors_file import TensorEntry
 from qlora_dist.layers.experts import QuantizedExperts
 from qlora_dist.model.attention import check_packing_support
-from qlora_dist.model.meta_model import LossModel, build_meta_model, causal_lm_on_meta
+from qlora_dist.model.meta_model import LossModel, build_meta_model
+from qlora_dist.model.model_class import whole_model_on_meta
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.parallel.activation_checkpointing import check_compiler
 from qlora_dist.parallel.engine import check_engine
@@ -201,19 +202,21 @@ def set_up_model(
         check_packing_support(model)
     base = config.model.base
     targets = find_targets(model, config.lora, base)
-    rows = model.config.get_text_config().vocab_size
+    rows = model.get_input_embeddings().weight.shape[0]
     new_tokens = new_tokens or find_new_tokens(config, folder.path, rows)
     if console is not None:
         for remark in new_tokens.remarks:
             console.print(remark, markup=False, highlight=False)
-    set_vocabulary(model, new_tokens.vocabulary)
-    adapter = make_peft_config(model, config.lora, base, new_tokens.ids)
-    attach_adapter(model, adapter)
+    if new_tokens.vocabulary > rows:
+        set_vocabulary(model, new_tokens.vocabulary)
+    adapter = make_peft_config(model, config.lora, base, model.towers.names, new_tokens.ids)
+    attach_adapter(model, adapter, vocabulary=new_tokens.vocabulary)
     check_attached_targets(model, targets, base)
     check_adapter_numel(model, targets, config.lora)
-    if needs_peft_conversion(adapter, model.config.model_type):
-        plain = causal_lm_on_meta(folder, torch.float32)
-        plain.resize_token_embeddings(new_tokens.vocabulary, mean_resizing=False)
+    if model.towers.paths or needs_peft_conversion(adapter, model.config.model_type):
+        plain = whole_model_on_meta(folder, torch.float32)
+        if new_tokens.vocabulary > rows:
+            plain.resize_token_embeddings(new_tokens.vocabulary, mean_resizing=False)
         check_peft_roundtrip(plain, config_to_save(adapter), shapes_to_save(model), base)
     return folder, model, adapter
 

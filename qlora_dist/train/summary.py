@@ -42,7 +42,9 @@ def describe_run(setup: RunSetup) -> Iterator[str]:
     """Yield the lines about model, placement and data that a run prints at its start."""
     config = setup.config
     trained = sum(p.numel() for _, p in named_trainable_parameters(setup.model))
-    quantized = "in 4 bit" if setup.folder.is_quantized else f"quantized to {config.model.quant_type} on loading"
+    quantized = f"quantized to {config.model.quant_type} on loading"
+    if setup.folder.is_quantized or config.model.keep_format:
+        quantized = "in 4 bit" if setup.folder.is_quantized else "in its published format"
     yield f"base: {config.model.base}, {quantized}; {trained:,} trained parameters (r={config.lora.r})"
     if config.lora.from_adapter is not None:
         yield f"the adapter begins from {config.lora.from_adapter}"

@@ -17,6 +17,7 @@ from qlora_dist.data.row_encoder import RowEncoder
 from qlora_dist.data.source_row import MessagesRow
 from qlora_dist.data.template_probe import UnsupportedConversationError
 from qlora_dist.data.tokenizer import SHIPPED_TEMPLATES, read_chat_template
+from tests.helpers import tiny_models
 from tests.helpers.published_tokenizers import FAMILIES, make_tokenizer
 
 published = functools.cache(make_tokenizer)
@@ -201,3 +202,36 @@ def test_a_template_that_never_ends_is_stopped(monkeypatch, template, reason, wr
 def test_a_template_that_is_nested_too_deeply_does_not_compile():
     with pytest.raises(TemplateSyntaxError, match="nested too deeply"):
         ChatRenderer("{% if a %}" * 3000 + "{% endif %}" * 3000, {})
+
+
+PARTS_TEMPLATES = {
+    "characters of a string have no type": (
+        "{% for m in messages %}{{ m['role'] }}:{% for part in m['content'] %}{% if part['type'] == 'text' %}"
+        "{{ part['text'] }}{% else %}<image>{% endif %}{% endfor %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    ),
+    "a filter selects no character": (
+        "{% for m in messages %}{{ m['role'] }}:{% for part in m['content'] | selectattr('type', 'equalto', 'text') %}"
+        "{{ part['text'] }}{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("template", PARTS_TEMPLATES.values(), ids=PARTS_TEMPLATES)
+def test_a_template_that_writes_parts_only_gets_texts_as_parts(template: str) -> None:
+    tokenizer = tiny_models.make_tokenizer(template)
+    messages = [{"role": "user", "content": "hello world"}, {"role": "assistant", "content": "this is text"}]
+    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    assert ChatRenderer(template, {}).render(messages, None) == tokenizer.apply_chat_template(parts, tokenize=False)
+    (encoded,) = RowEncoder(tokenizer, "assistant").encode([MessagesRow("here", messages, None)])
+    assert tokenizer.decode(encoded.tokens) == "user:hello world<|im_end|>assistant:this is text<|im_end|>"
+    assert tokenizer.decode(encoded.tokens[encoded.loss_mask]) == "this is text<|im_end|>"
+
+
+def test_a_template_that_takes_both_gets_strings() -> None:
+    template = (
+        "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+        "{% for part in m['content'] %}"
+        "{% if part['type'] == 'text' %}<part>{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
+    )
+    assert ChatRenderer(template, {}).render([{"role": "user", "content": "hello"}], None) == "hello"

@@ -256,7 +256,11 @@ for _ in range(200):
         ([HELLO[1] | {"weight": "0"}], "message 1: `weight` is a string; write 0 or 1"),
         (
             [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]}],
-            "message 1: `content`: part 2 is of the type `image_url`; only parts of "
+            "message 1: `content`: part 2 is of the type `image_url`; only text is trained; take out the rows with ",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "thought", "text": "a"}]}],
+            "message 1: `content`: part 1 is of the type `thought`; only parts of "
             '{"type": "text", "text": ...} are read',
         ),
         (
@@ -465,3 +469,12 @@ def test_hh_rlhf_of_several_turns():
         {"role": "user", "content": ""},
         {"role": "assistant", "content": "four"},
     ]
+
+
+@pytest.mark.parametrize("field", ["images", "image", "videos", "audios"])
+@pytest.mark.parametrize("format", ["messages", "sharegpt", "alpaca"])
+def test_a_row_with_more_than_text_is_refused(format, field):
+    expected = f"the row has `{field}`; only text is trained; take out the rows with images, videos or sounds"
+    assert reason(format, **ROWS[format], **{field: ["cat.png"]}) == expected
+    (row,) = parse_rows(iter([("here", {**ROWS[format], field: []})]), format, "so said")
+    assert not isinstance(row, BadRow)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from qlora_dist.config.schema import Config
+from qlora_dist.data.collate import Batch
 from qlora_dist.runs.run_dir import run_path
 from qlora_dist.runtime.environment import read_rank_info
 from qlora_dist.runtime.process_group import process_group
@@ -33,8 +36,15 @@ def train_and_get_logits(config: Config) -> np.ndarray:
 
 
 def losses(config: Config) -> list[float]:
-    rows = [json.loads(line) for line in (run_path(config.run) / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
+    return [row["loss"] for row in _metrics(config) if "loss" in row]
+
+
+def eval_losses(config: Config) -> list[float]:
+    return [row["eval_loss"] for row in _metrics(config) if row.get("eval_loss") is not None]
+
+
+def _metrics(config: Config) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_path(config.run) / "metrics.jsonl").read_text().splitlines()]
 
 
 def adapter_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -67,13 +77,19 @@ def plain_losses(model: nn.Module, config: Config, steps: int) -> list[float]:
 
 def first_loss(config: Config, model: nn.Module) -> float:
     """Return the loss of transformers' model on the first step's batch, computed sequence by sequence."""
+    return sequence_loss(model, set_up_run(config, read_rank_info({})).loader.micro_batches(0))
+
+
+def sequence_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
+    """Return the loss of transformers' model per token of batches, computed sequence by sequence."""
     total, count = 0.0, 0
     with torch.no_grad():
-        for batch in set_up_run(config, read_rank_info({})).loader.micro_batches(0):
+        for batch in batches:
             for row, labels, positions in zip(*batch, strict=True):
                 starts = (positions == 0).nonzero().flatten().tolist()
                 for begin, end in zip(starts, [*starts[1:], len(row)], strict=True):
-                    logits = model(input_ids=row[None, begin:end], use_cache=False).logits[0]
-                    total += float(cross_entropy(logits, labels[begin:end], reduction="sum"))
-                    count += int((labels[begin:end] != -100).sum())
+                    if (tokens := int((labels[begin:end] != -100).sum())) > 0:
+                        logits = model(input_ids=row[None, begin:end], use_cache=False).logits[0].float()
+                        total += float(cross_entropy(logits, labels[begin:end], reduction="sum"))
+                        count += tokens
     return total / count

@@ -102,6 +102,7 @@ def as_pickle(folder: Path) -> None:
 
 
 def set_index(folder: Path, content: object) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(content))
 
 
@@ -114,24 +115,16 @@ DAMAGES = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no model.safetensors"),
     "a pickle": (as_pickle, "pytorch_model.bin is a pickle, which is never read"),
     "another quantization": (
-        lambda folder: set_config(folder, quantization_config={"quant_method": "gptq"}),
-        "is quantized with gptq",
+        lambda folder: set_config(folder, quantization_config={"quant_method": "hqq"}),
+        "is quantized with hqq, which is not supported; give a copy of the model in 16 bit",
     ),
     "8 bit": (
         lambda folder: set_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
-        "with bitsandbytes, but not in 4 bit",
+        "is quantized with bitsandbytes, but has no weights in 4 or 8 bit of it",
     ),
-    "a method with a remedy": (
-        lambda folder: set_config(folder, quantization_config={"quant_method": "fp8"}),
-        "FineGrainedFP8Config(dequantize=True) of transformers, save it in 16 bit",
-    ),
-    "gpt-oss as it is published": (
-        lambda folder: set_config(folder, quantization_config={"quant_method": "mxfp4"}),
-        "is quantized with mxfp4, which is not supported; give a copy of the model in bf16",
-    ),
-    "parts without an index": (
-        lambda folder: (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors"),
-        "its parts are there without model.safetensors.index.json; copy that file too",
+    "some parts without an index": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors"),
+        "holds 1 of the 2 parts of a model, and no model.safetensors.index.json; get the folder anew",
     ),
     "Mistral's own file": (
         lambda folder: (folder / "model.safetensors").rename(folder / "consolidated.safetensors"),

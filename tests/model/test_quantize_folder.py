@@ -30,7 +30,8 @@ from qlora_dist.errors import UserError
 from qlora_dist.io import read_ahead
 from qlora_dist.io.safetensors_file import SafetensorsReader, SafetensorsWriter, read_safetensors_header
 from qlora_dist.model import quantizable, quantize_plan
-from qlora_dist.model.meta_model import build_meta_model, causal_lm_on_meta
+from qlora_dist.model.meta_model import build_meta_model
+from qlora_dist.model.model_class import whole_model_on_meta
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantize_folder import print_quantize_report, quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions, parse_quantize_options, parse_size
@@ -165,11 +166,11 @@ def test_an_embedding_that_cannot_be_in_4_bit_is_refused_before_anything_is_writ
             return nn.functional.embedding(ids, self.weight / self.weight.norm())
 
     def with_another_class(*args: object) -> transformers.PreTrainedModel:
-        model = causal_lm_on_meta(*args)
+        model = whole_model_on_meta(*args)
         model.get_input_embeddings().__class__ = NormalizedEmbedding
         return model
 
-    monkeypatch.setattr(quantize_plan, "causal_lm_on_meta", with_another_class)
+    monkeypatch.setattr(quantize_plan, "whole_model_on_meta", with_another_class)
     with pytest.raises(UserError, match="NormalizedEmbedding: this class computes with its weight itself"):
         quantize_folder(tiny_llama, tmp_path / "out", QuantizeOptions(embeddings=True))
     assert not list(tmp_path.iterdir())
@@ -508,7 +509,7 @@ def test_tensors_that_transformers_does_not_load_are_not_counted(tiny_llama, tmp
     assert report.counts == dataclasses.replace(expected, unused=512 * 512)
     assert "model.layers.3.eh_proj.weight" in ModelFolder(report.out).entries
     print_quantize_report(report, console)
-    assert f"nor trained: {512 * 512:,} elements" in console.file.getvalue()
+    assert f"nor trained: model.layers.3 ({512 * 512:,} elements)" in console.file.getvalue()
     assert "plain transformers does not load" not in console.file.getvalue()
 
 

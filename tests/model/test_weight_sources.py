@@ -12,7 +12,8 @@ from transformers.core_model_loading import Transpose, WeightConverter
 
 from qlora_dist.errors import UserError
 from qlora_dist.model import weight_sources
-from qlora_dist.model.weight_sources import WeightSource, expert_key, find_weight_sources, stacked_tensor_name
+from qlora_dist.model.weight_sources import WeightSource, find_weight_sources, stacked_tensor_name
+from qlora_dist.nf4.quant_state import expert_key
 from tests.helpers.architectures import ARCHITECTURES, SETTINGS_OF_ALL, make_architecture
 
 EXPERTS = "model.layers.0.block_sparse_moe.experts"
