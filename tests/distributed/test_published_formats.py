@@ -70,7 +70,7 @@ def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISH)
 def test_trained_as_published(name: str, tmp_path: Path) -> None:
-    """The losses are those of the dequantized model, and PEFT opens the adapter on it."""
+    """The losses equal the dequantized model's, and PEFT opens the adapter on it."""
     published, dequantized = make_folders(name, tmp_path)
     path = tiny_models.make_config(tmp_path, published, model__keep_format=True, train__steps=2, optim__warmup_steps=0)
     experts = [f"lora.experts={str(name in ARCHITECTURES).lower()}"]
