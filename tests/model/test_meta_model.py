@@ -153,7 +153,7 @@ def test_decoder_layers_that_hold_lists() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vision_config": {}}, "describes a multimodal model; give a causal language model of text only"),
+        ({"vision_config": {}}, "a model of type llama has no language model apart from its images or sounds"),
         ({"model_type": "of-tomorrow"}, "cannot build a causal language model from it"),
         ({"vocab_size": 321}, r"has the shape \(320, 64\) and config.json asks for \(321, 64\)"),
         ({"num_hidden_layers": 4}, r"the weight model\.layers\.3\..* is missing; get the folder anew"),
