@@ -87,7 +87,8 @@ def _from_config(config: transformers.PretrainedConfig, dtype: torch.dtype, atte
 
 def _auto_class(config: transformers.PretrainedConfig) -> Any:
     """Return the Auto class with which transformers opens the whole model, towers included."""
-    if config.get_text_config() is not config:
+    is_causal = type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    if config.get_text_config() is not config or not is_causal:
         if type(config) in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             return transformers.AutoModelForImageTextToText
         if type(config) in modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING:

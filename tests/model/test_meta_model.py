@@ -143,6 +143,13 @@ def test_decoder_layers(name: str, path: str, tmp_path: Path) -> None:
     assert get_decoder_layers(model) is model.get_submodule(path)
 
 
+def test_decoder_layers_that_hold_lists() -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.LongcatFlashConfig(num_layers=1))
+    assert len(model.model.layers[0].self_attn) == model.config.num_hidden_layers
+    assert get_decoder_layers(model) is model.model.layers
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
