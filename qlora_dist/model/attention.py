@@ -83,7 +83,8 @@ def set_packed_attention(model: PreTrainedModel, attention: str = "sdpa") -> Non
         UserError: "flex" was given for another model, or for one with dropout of attention probabilities.
     """
     config, decoder = model.config.get_text_config(), find_decoder(model)
-    assert isinstance(decoder, PreTrainedModel)
+    if not isinstance(decoder, PreTrainedModel):
+        decoder = model
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     qualifies = (
         looks_attention_up(decoder)

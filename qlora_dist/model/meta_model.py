@@ -146,10 +146,12 @@ def transformers_names(model: nn.Module) -> dict[str, str]:
 
 
 def get_decoder_layers(model: transformers.PreTrainedModel) -> nn.ModuleList:
+    """Return the list of the model's layers. LongCat-Flash's layers hold lists too, of attention."""
     count = model.config.get_text_config().num_hidden_layers
-    lists = [(path.count("."), m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    blocks = [(depth, m) for depth, m in lists if len(m) == count]
-    return min(blocks or lists, key=lambda item: item[0])[1]
+    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    outermost = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
+    blocks = [path for path in outermost if len(lists[path]) == count]
+    return lists[min(blocks or outermost, key=lambda path: path.count("."))]
 
 
 def _replace_with_quantized(
@@ -246,7 +248,7 @@ class LossModel(transformers.PreTrainedModel):
     matrices: Mapping[str, Sequence[SourceMatrix]]
     """The folder's matrices behind each tensor that is in 4 bit in this model, by the same name."""
     towers: Towers
-    """What transformers' class has besides the language model; none of it is part of this model."""
+    """Parts of transformers' class that this model lacks, because they are not its language model."""
     takes_position_ids: bool
     """Whether the decoder takes position_ids that begin at 0. BLOOM and Mamba take none."""
 

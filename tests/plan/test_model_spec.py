@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from qlora_dist.config.schema import Config
-from qlora_dist.plan.model_spec import make_model_spec
+from qlora_dist.plan.model_spec import ModelSpec, make_model_spec
+from qlora_dist.plan.run_spec import make_run_spec
 from qlora_dist.train.run_setup import set_up_model
 from tests.helpers.architectures import make_architecture
 
@@ -42,8 +44,23 @@ def test_shapes_equal_the_trained_models(
     )
     _, model, _ = set_up_model(config)
     planned = make_model_spec(json.loads((folder / "config.json").read_text()), config.lora)
+    compare_parameters(planned, model)
+    assert planned.buffer_bytes == sum(buffer.nbytes for buffer in model.buffers())
 
+
+@pytest.mark.parametrize("modules_to_save", [[], ["lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_tokens(tied: bool, modules_to_save: list[str], tmp_path: Path) -> None:
+    folder = make_architecture(tmp_path, "Llama", torch.bfloat16, vocab_size=305, tie_word_embeddings=tied)
+    lora = {"modules_to_save": ["embed_tokens"] if tied and modules_to_save else modules_to_save}
+    config = Config.model_validate(
+        {"model": {"base": str(folder), "add_tokens": ["<a>", "<b>"]}, "lora": lora, "data": {"train": ["none"]}}
+    )
+    _, model, _ = set_up_model(config)
+    compare_parameters(make_run_spec(config, json.loads((folder / "config.json").read_text()), 1).model, model)
+
+
+def compare_parameters(planned: ModelSpec, model: nn.Module) -> None:
     expected = Counter((p.shape, p.trained, p.is_quantized) for unit in planned.units for p in unit.parameters)
     actual = Counter((tuple(p.shape), p.requires_grad, p.dtype == torch.uint8) for p in model.parameters())
     assert expected == actual
-    assert planned.buffer_bytes == sum(buffer.nbytes for buffer in model.buffers())
