@@ -23,7 +23,7 @@ SELECTION = [
     ("causal", ("llama", "qwen3_next", "bloom", "granitemoehybrid", "rwkv")),
     ("causal", ("gpt_oss", "gemma3_text", "nemotron_h", "jetmoe", "bert")),
     ("causal", ("deepseek_v3", "gpt2", "falcon_h1", "bart", "zamba2")),
-    ("image-text-to-text", ("gemma3", "qwen3_vl_moe", "llama4", "mistral3", "kosmos-2.5")),
+    ("image-text-to-text", ("gemma4", "qwen3_vl_moe", "llama4", "mistral3", "kosmos-2.5")),
 ]
 """Types of every kind, which are tried in every run of the tests."""
 GROUPS = 6
