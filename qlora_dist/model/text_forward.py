@@ -93,7 +93,10 @@ def _recorded_decoder(model: PreTrainedModel) -> Iterator[tuple[list[Mapping[str
         calls.append({f"argument {index}": value for index, value in enumerate(args)} | kwargs)
         return DecoderOutput((embeddings,))
 
+    weight = vocabulary.weight
     model.set_output_embeddings(nn.Linear(embeddings.shape[-1], 8))
+    # Gemma 4 reads the row of the padding token itself
+    vocabulary.weight = nn.Parameter(torch.zeros(1).expand(weight.shape), requires_grad=False)
     model.eval()
     for module in around:  # a model's first parameter determines its device, to which it may move its input
         module.register_parameter(_DEVICE_PARAMETER, nn.Parameter(torch.empty(0)))
@@ -108,4 +111,5 @@ def _recorded_decoder(model: PreTrainedModel) -> Iterator[tuple[list[Mapping[str
         for module in around:
             delattr(module, _DEVICE_PARAMETER)
         model.train(was_training)
+        vocabulary.weight = weight
         model.set_output_embeddings(head)
