@@ -33,8 +33,8 @@ def make_peft_config(
     """Make PEFT's configuration of the adapter that the section `lora` describes.
 
     The model is on meta, without adapters. The adapter records `base`, the base model's folder. `left_out` names the
-    modules and parameters that transformers' class has besides those of the model. PEFT must not adapt them.
-    `token_ids` are the rows of embedding and head that are trained, unless the whole module is.
+    modules and parameters of transformers' class that the model lacks. PEFT must not adapt them. `token_ids` are the
+    rows of embedding and head that are trained, unless the whole module is.
 
     Raises:
         UserError: the model lacks a target, experts, or a module of `modules_to_save`, or PEFT cannot adapt them so.

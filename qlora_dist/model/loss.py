@@ -74,6 +74,11 @@ class TiedHead(nn.Module):
         super().__init__()
         self._embedding = [embedding]  # in a list: not a submodule, or its parameter would be listed twice
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """Weight of the embedding, whose type Mamba's class reads."""
+        return self._embedding[0].weight
+
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         output: torch.Tensor = self._embedding[0](hidden, labels)
         return output

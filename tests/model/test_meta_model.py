@@ -143,10 +143,17 @@ def test_decoder_layers(name: str, path: str, tmp_path: Path) -> None:
     assert get_decoder_layers(model) is model.get_submodule(path)
 
 
+def test_decoder_layers_that_hold_lists() -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.LongcatFlashConfig(num_layers=1))
+    assert len(model.model.layers[0].self_attn) == model.config.num_hidden_layers
+    assert get_decoder_layers(model) is model.model.layers
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vision_config": {}}, "describes a multimodal model; give a causal language model of text only"),
+        ({"vision_config": {}}, "a model of type llama has no language model apart from its images or sounds"),
         ({"model_type": "of-tomorrow"}, "cannot build a causal language model from it"),
         ({"vocab_size": 321}, r"has the shape \(320, 64\) and config.json asks for \(321, 64\)"),
         ({"num_hidden_layers": 4}, r"the weight model\.layers\.3\..* is missing; get the folder anew"),
