@@ -25,6 +25,7 @@ from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.nf4.quantize import dequantize_weight, quantize_weight
 from tests.helpers.architectures import make_architecture
 from tests.helpers.published_folders import publish_float_folder
+from tests.helpers.tiny_models import make_model
 
 NAMES = ["Llama", "Qwen2", "GPT2", "Gemma2", "Bloom", "Mixtral", "GptOss"]
 
