@@ -125,9 +125,11 @@ def _is_quantized_layer(
     """Return whether a parameter becomes a byte vector."""
     if any(part.name in folder.quantized for part in parts):
         return True
+    if target.role != "layer":
+        return config.embeddings == "4bit" and (config.keep_format or not weight_format.keep_format)
     if weight_format.keep_format:
-        return target.role == "layer" and any(part.name in folder.published for part in parts)
-    return not folder.is_quantized if target.role == "layer" else config.embeddings == "4bit"
+        return any(part.name in folder.published for part in parts)
+    return not folder.is_quantized
 
 
 def transformers_names(model: nn.Module) -> dict[str, str]:

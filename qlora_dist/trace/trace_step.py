@@ -297,6 +297,8 @@ def _check_traceable(config: Config, folder: ModelFolder, world_size: int, nodes
             "parallel: a base that is paged or offloaded cannot be traced, as device and host are one in a trace; "
             "plan without --trace"
         )
+    if config.model.keep_format:
+        raise UserError("model.keep_format: a trace knows weights in 4 bit only; plan without --trace")
     check_equal_nodes(world_size, nodes)
 
 

@@ -35,8 +35,10 @@ from qlora_dist.train.run_setup import set_up_run
 from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
 from tests.helpers.architectures import dequantized_model
+from tests.helpers.multimodal_models import MULTIMODAL, dequantized_multimodal, make_multimodal, open_multimodal
 from tests.helpers.ranks import run_ranks
-from tests.helpers.train_helpers import adapter_difference, losses, plain_losses
+from tests.helpers.train_helpers import PROMPT as TRAIN_PROMPT
+from tests.helpers.train_helpers import adapter_difference, losses, plain_losses, train_and_get_logits
 
 STEPS = 4
 NEW = ["<tool>", "</tool>"]
@@ -317,3 +319,26 @@ def test_chat_tokens_on_a_base_model(tmp_path: Path) -> None:
     run_ranks(2, run_training, config)
     trained = transformers.AutoTokenizer.from_pretrained(run_path(config.run) / "adapter")
     assert trained.eos_token == "<|im_end|>" and trained.eos_token_id == 306
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma3", "mistral3"])
+def test_the_text_of_a_multimodal_model(name: str, tmp_path: Path) -> None:
+    """Gemma 3's embedding is tied and scaled, and Mistral 3's is neither."""
+    text = {**MULTIMODAL[name]["text_config"], "vocab_size": 305}
+    source = make_multimodal(tmp_path / "source", name, text_config=text)
+    quantized = quantize_folder(source, tmp_path / "nf4", QuantizeOptions()).out
+    config = resolve(write_config(tmp_path, quantized), "run", "train.steps=2", ranks=2)
+    logits = torch.from_numpy(run_ranks(2, train_and_get_logits, config)[0])
+    out = run_path(config.run) / "adapter"
+    plain = dequantized_multimodal(source, quantized, tmp_path / "plain")
+    plain.resize_token_embeddings(307, mean_resizing=False)
+    adapted = peft.PeftModel.from_pretrained(plain, out).eval()
+    merge_folder(quantized, out, tmp_path / "merged", MergeOptions(dtype="fp32"), Console(quiet=True))
+    merged = open_multimodal(tmp_path / "merged")
+    with torch.no_grad():
+        expected = adapted(input_ids=TRAIN_PROMPT, use_cache=False).logits
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            merged(input_ids=TRAIN_PROMPT, use_cache=False).logits, expected, rtol=1e-4, atol=1e-4
+        )

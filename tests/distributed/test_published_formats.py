@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import peft
 import pytest
 import safetensors.torch
@@ -17,6 +16,7 @@ from qlora_dist.config.config_file import load_config
 from qlora_dist.model.quantize_folder import quantize_folder
 from qlora_dist.model.quantize_plan import QuantizeOptions
 from qlora_dist.runs.run_dir import run_path
+from qlora_dist.train.run_training import run_training
 from tests.helpers import tiny_models
 from tests.helpers.architectures import make_architecture
 from tests.helpers.published_folders import FLOAT_FORMATS, publish_float_folder, publish_mxfp4_folder
@@ -29,7 +29,7 @@ PUBLISH: dict[str, Publish] = {
     **{name: partial(publish_float_folder, name=name) for name in FLOAT_FORMATS},
     **{name: partial(publish_folder, name=name) for name in INTEGER_FORMATS},
     "mxfp4": publish_mxfp4_folder,
-    "fp8-experts": partial(publish_float_folder, name="fp8"),
+    "fp8-experts": partial(publish_float_folder, name="fp8-partial"),
     "kimi-k2": lambda source, out: publish_folder(source, out, "int4", "mlp.experts", **KIMI_K2),
 }
 ARCHITECTURES = {"mxfp4": "GptOss", "fp8-experts": "DeepseekV3", "kimi-k2": "DeepseekV3"}
@@ -56,11 +56,10 @@ def make_folders(name: str, tmp_path: Path) -> tuple[Path, Path]:
     return published, dequantized
 
 
-def train_on(ranks: int, path: Path, name: str, *overrides: str) -> tuple[list[float], np.ndarray]:
-    """Return the losses, and the logits of the trained model."""
+def train_on(ranks: int, path: Path, name: str, *overrides: str) -> list[float]:
     config = load_config(path, [f"run.name={name}", f"train.micro_batch={12 // ranks}", *overrides])
-    logits = run_ranks(ranks, train_and_get_logits, config)[0]
-    return losses(config), logits
+    run_ranks(ranks, run_training, config)
+    return losses(config)
 
 
 def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -74,9 +73,11 @@ def test_trained_as_published(name: str, tmp_path: Path) -> None:
     published, dequantized = make_folders(name, tmp_path)
     path = tiny_models.make_config(tmp_path, published, model__keep_format=True, train__steps=2, optim__warmup_steps=0)
     experts = [f"lora.experts={str(name in ARCHITECTURES).lower()}"]
-    one, logits = train_on(1, path, "one", *experts)
+    config = load_config(path, ["run.name=one", *experts])
+    (logits,) = run_ranks(1, train_and_get_logits, config)
+    one = losses(config)
     plain = transformers.AutoModelForCausalLM.from_pretrained(dequantized, dtype=torch.float32).eval()
-    assert one[0] == pytest.approx(first_loss(load_config(path), plain), rel=1e-5)
+    assert one[0] == pytest.approx(first_loss(config, plain), rel=1e-5)
     modes = {
         "2": (),
         "4": (),
@@ -84,9 +85,9 @@ def test_trained_as_published(name: str, tmp_path: Path) -> None:
         "1": ("parallel.base=paged", "parallel.resident_bytes=0"),
     }
     for ranks, overrides in modes.items() if name in IN_ALL_MODES else ():
-        trained, _ = train_on(int(ranks), path, f"keep-{ranks}", *overrides, *experts)
+        trained = train_on(int(ranks), path, f"keep-{ranks}", *overrides, *experts)
         assert trained == pytest.approx(one, rel=1e-5)
-    adapted = peft.PeftModel.from_pretrained(plain, run_path(load_config(path).run).parent / "one" / "adapter").eval()
+    adapted = peft.PeftModel.from_pretrained(plain, run_path(config.run) / "adapter").eval()
     with torch.no_grad():
         expected = adapted(input_ids=PROMPT, use_cache=False).logits
     torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-3, atol=1e-4)
@@ -104,6 +105,6 @@ def test_converted_to_4_bit(name: str, tmp_path: Path) -> None:
     assert [key for key in actual if not torch.equal(actual[key], expected[key])] == []
     if name in IN_ALL_MODES:
         path = tiny_models.make_config(tmp_path, published, train__steps=2, optim__warmup_steps=0)
-        folder, _ = train_on(1, path, "folder", f"model.base={converted}")
-        on_loading, _ = train_on(2, path, "on-loading")
+        folder = train_on(1, path, "folder", f"model.base={converted}")
+        on_loading = train_on(2, path, "on-loading")
         assert on_loading == pytest.approx(folder, rel=1e-5)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from qlora_dist.config.schema import Config
-from qlora_dist.plan.model_spec import ModelSpec, make_model_spec
+from qlora_dist.plan.model_spec import make_model_spec
 from qlora_dist.plan.run_spec import make_run_spec
 from qlora_dist.train.run_setup import set_up_model
 from tests.helpers.architectures import make_architecture
+from tests.helpers.planned_parameters import compare_parameters
 
 # settings of config.json and of LoRA that change parameters, for each supported architecture
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -58,9 +57,3 @@ def test_new_tokens(tied: bool, modules_to_save: list[str], tmp_path: Path) -> N
     )
     _, model, _ = set_up_model(config)
     compare_parameters(make_run_spec(config, json.loads((folder / "config.json").read_text()), 1).model, model)
-
-
-def compare_parameters(planned: ModelSpec, model: nn.Module) -> None:
-    expected = Counter((p.shape, p.trained, p.is_quantized) for unit in planned.units for p in unit.parameters)
-    actual = Counter((tuple(p.shape), p.requires_grad, p.dtype == torch.uint8) for p in model.parameters())
-    assert expected == actual
