@@ -27,8 +27,8 @@ class GgufLayout(PublishedLayout):
 
     ggml_type: str = "Q4_K"
     head_rows: int = 0
-    """Rows of a head if llama.cpp has interleaved their halves, as in the projections of queries and keys of Llama; 0:
-    the rows are in transformers' order."""
+    """Rows of a head whose halves llama.cpp has interleaved, as in Llama's projections of queries and keys; 0: the rows
+    have transformers' order."""
 
     @property
     def parts(self) -> tuple[LayoutPart, ...]:

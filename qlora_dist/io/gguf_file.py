@@ -37,7 +37,8 @@ class GgufTensor:
     """Name of its type, such as Q4_K."""
     shape: tuple[int, ...]
     entry: TensorEntry
-    """Its bytes. The type is uint8 and the last dimension counts bytes, unless the ggml type is in `GGUF_FLOATS`."""
+    """Place of its bytes. The type is uint8 and the last dimension counts bytes, unless the ggml type is in
+    `GGUF_FLOATS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
         size = path.stat().st_size
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             metadata, table, start = _read_header(data)
-        tensors = {name: _make_tensor(path, name, *row, start) for name, *row in table}
+        tensors = {name: _make_tensor(path, name, shape, kind, start + at) for name, shape, kind, at in table}
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); copy the file again") from None
     except (ValueError, struct.error) as error:
@@ -132,7 +133,7 @@ def _read_header(data: mmap.mmap) -> tuple[dict[str, Any], list[tuple[str, tuple
     return metadata, table, -(-cursor.position // alignment) * alignment
 
 
-def _make_tensor(path: Path, name: str, shape: tuple[int, ...], type_number: int, offset: int, data: int) -> GgufTensor:
+def _make_tensor(path: Path, name: str, shape: tuple[int, ...], type_number: int, start: int) -> GgufTensor:
     import gguf
 
     ggml_type = gguf.GGMLQuantizationType(type_number)  # a ValueError names an unknown type
@@ -146,8 +147,8 @@ def _make_tensor(path: Path, name: str, shape: tuple[int, ...], type_number: int
         path=path,
         dtype=dtype,
         shape=shape if dtype != torch.uint8 else (*shape[:-1], columns // block * block_bytes),
-        start=data + offset,
-        stop=data + offset + nbytes,
+        start=start,
+        stop=start + nbytes,
     )
     return GgufTensor(ggml_type=ggml_type.name, shape=shape, entry=entry)
 

@@ -44,8 +44,8 @@ def find_architecture(header: GgufHeader, path: Path) -> GgufArchitecture:
     if name not in GGUF_ARCHITECTURES:
         supported = ", ".join(GGUF_ARCHITECTURES)
         raise UserError(
-            f"{path}: has the architecture {name}, and of GGUF files only those of {supported} are supported; give the "
-            "model in another format"
+            f"{path}: has the architecture {name}, but of GGUF files only {supported} are supported; give the model in "
+            "another format"
         )
     return GGUF_ARCHITECTURES[name]
 
@@ -53,8 +53,8 @@ def find_architecture(header: GgufHeader, path: Path) -> GgufArchitecture:
 def make_gguf_config(header: GgufHeader, path: Path) -> dict[str, Any]:
     """Return the content of config.json, as transformers makes it from the metadata.
 
-    What transformers leaves to the defaults of its class is taken from the metadata too: the size of heads and of
-    experts, and the scaling of rotary frequencies.
+    The size of heads and of experts, and the scaling of rotary frequencies, come from the metadata too. Here
+    transformers uses the defaults of its class.
 
     Raises:
         UserError: the architecture is not supported, or the metadata lacks a value or has one that is not known.
@@ -120,7 +120,12 @@ def _rope_parameters(
     kind = values.get("rope.scaling.type", "none")
     factors = _rope_factors(header)
     if factors is not None:
-        parameters = {"rope_type": "llama3", "rope_theta": theta, "factor": float(factors.max()), **_LLAMA3_ROPE}
+        parameters = {
+            "rope_type": "llama3",
+            "rope_theta": theta,
+            "factor": round(factors.max().item(), 3),
+            **_LLAMA3_ROPE,
+        }
         if kind != "none" or not torch.allclose(factors, llama3_factors(parameters, head_dim), rtol=1e-5):
             raise UserError(f"{path}: {ROPE_FACTORS} has other factors than Llama 3.1 and 3.2; {CONFIG_REMEDY}")
         return parameters
@@ -139,7 +144,8 @@ def _rope_factors(header: GgufHeader) -> torch.Tensor | None:
     if ROPE_FACTORS not in header.tensors:
         return None
     with SafetensorsReader() as reader:
-        return reader.read(header.tensors[ROPE_FACTORS].entry).float()
+        factors: torch.Tensor = reader.read(header.tensors[ROPE_FACTORS].entry)
+    return factors.to(torch.float32)
 
 
 def llama3_factors(parameters: Mapping[str, Any], head_dim: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 class GgufFolder(ModelFolder):
-    """Model whose tensors are those of a GGUF file.
+    """Model whose tensors are in a GGUF file.
 
     Matrices in blocks, and those whose rows llama.cpp has reordered, are weights in a published format. The other
     tensors are as in a folder in 16 bit.

@@ -16,8 +16,8 @@ _TOKENIZER_REMEDY = (
 _GPT2_SPLITS = ("gpt-2", "default", "phi-2", "olmo")
 """Values of `tokenizer.ggml.pre` whose texts are split as GPT-2 does, which transformers does by default."""
 _DIGIT_SPLITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone")
-"""Those whose digits are split off first, so that spaces before a number stay together. transformers does not know
-them."""
+"""Values of which transformers knows none. Digits are split off first, so that spaces before a number stay
+together."""
 
 
 def save_gguf_tokenizer(path: Path, header: GgufHeader, folder: Path) -> None:

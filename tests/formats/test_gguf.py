@@ -49,9 +49,7 @@ def test_rows_of_heads_are_put_into_the_order_of_transformers(tmp_path):
     """The expected order is that of `LlamaTensorProcessor` in `transformers.modeling_gguf_pytorch_utils`."""
     data = random_blocks((ROWS, COLUMNS), "Q4_K")
     (tmp_path / "data").write_bytes(bytes(7) + data.tobytes())
-    entry = TensorEntry(
-        path=tmp_path / "data", dtype=torch.uint8, shape=data.shape, start=7, stop=7 + data.nbytes
-    )
+    entry = TensorEntry(path=tmp_path / "data", dtype=torch.uint8, shape=data.shape, start=7, stop=7 + data.nbytes)
     tensor = GgufTensor(ggml_type="Q4_K", shape=(ROWS, COLUMNS), entry=entry)
     weight = gguf_weight(tensor, "bfloat16", head_rows=HEAD_ROWS)
     heads = expected_values(data, "Q4_K").view(-1, HEAD_ROWS // 2, 2, COLUMNS)
@@ -68,6 +66,6 @@ def test_rows_of_heads_are_put_into_the_order_of_transformers(tmp_path):
 def test_a_type_without_values_is_refused(tmp_path):
     entry = TensorEntry(path=tmp_path / "x.gguf", dtype=torch.uint8, shape=(1, 40), start=0, stop=40)
     tensor = GgufTensor(ggml_type="Q8_1", shape=(1, 32), entry=entry)
-    with pytest.raises(UserError, match="x.gguf: blk.0.w is in Q8_1, which is not supported"):
+    with pytest.raises(UserError, match=r"x.gguf: blk.0.w is in Q8_1, which is not supported"):
         check_ggml_type(tensor, "blk.0.w")
     check_ggml_type(replace(tensor, ggml_type="Q5_0", entry=replace(entry, shape=(1, 22))), "blk.0.w")

@@ -24,7 +24,7 @@ MIXED_TYPES = {
     "token_embd": "Q6_K",
     "output": "Q8_0",
     "attn_q": "Q4_K",
-    "attn_k": "F16",
+    "attn_k": "BF16",
     "attn_v": "Q5_K",
     "attn_output": "Q5_0",
     "ffn_gate": "Q4_0",
@@ -33,6 +33,7 @@ MIXED_TYPES = {
     "ffn_gate_exps": "Q4_0",
     "ffn_up_exps": "Q4_K",
     "ffn_down_exps": "Q5_0",
+    **dict.fromkeys(("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"), "Q8_0"),
 }
 """Types of tensors by the last part of their names. Others are F32, as norms and routers are in published files."""
 
@@ -146,8 +147,9 @@ def _add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     else:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
-    if "num_experts" in config:
-        writer.add_expert_count(config["num_experts"])
+    experts = config.get("num_experts") or config.get("num_local_experts")
+    if experts:
+        writer.add_expert_count(experts)
         writer.add_expert_used_count(config["num_experts_per_tok"])
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
     if "shared_expert_intermediate_size" in config:
@@ -156,13 +158,16 @@ def _add_metadata(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
 
 def _add_tokenizer(writer: gguf.GGUFWriter, source: Path, vocab_size: int, pre: str) -> None:
     tokenizer = json.loads((source / "tokenizer.json").read_text())
-    vocab = {token: index for token, index in tokenizer["model"]["vocab"].items()}
+    vocab = tokenizer["model"]["vocab"]
     special = {item["content"]: item["id"] for item in tokenizer["added_tokens"]}
     by_index = {index: token for token, index in (vocab | special).items()}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list([by_index.get(index, f"[PAD{index}]") for index in range(vocab_size)])
-    kinds = {**dict.fromkeys(by_index, gguf.TokenType.NORMAL), **dict.fromkeys(special.values(), gguf.TokenType.CONTROL)}
+    kinds = {
+        **dict.fromkeys(by_index, gguf.TokenType.NORMAL),
+        **dict.fromkeys(special.values(), gguf.TokenType.CONTROL),
+    }
     writer.add_token_types([kinds.get(index, gguf.TokenType.UNUSED) for index in range(vocab_size)])
     writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
     writer.add_bos_token_id(special["<|im_start|>"])
