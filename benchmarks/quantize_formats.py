@@ -2,8 +2,8 @@
 
     python benchmarks/quantize_formats.py [--gigabytes 4] [--threads 2] [--dir /tmp] [--repeats 3]
 
-Each folder has about the given size: Llama-3.1-8B's layers in bf16, the same in FP8 with blocks of 128 x 128, and
-gpt-oss-20b's layers with experts in MXFP4. The formats take turns, each in a process of its own, and the median counts.
+Each folder has about the given size. The layers are Llama-3.1-8B's in bf16 and in FP8 with blocks of 128 x 128, and
+gpt-oss-20b's with experts in MXFP4. The formats take turns, each in a process of its own, and the median counts.
 A process's seconds include writing and syncing the result. Peak is as in `quantize_folder.py`.
 """
 

@@ -49,6 +49,7 @@ from qlora_dist.plan.step_traffic import ShardCounts, shard_elements, step_traff
 from qlora_dist.runtime.byte_sizes import LOSS_CHUNK_LOGITS
 from qlora_dist.train.step_metrics import StepMetrics
 from tests.helpers import tiny_models
+from tests.helpers.models_page import PAGE, models_page
 from tests.helpers.ranks import free_port
 from tests.helpers.real_slurm import free_ports, slurm_unavailable
 from tests.helpers.warm_python import warm_python
@@ -553,7 +554,7 @@ def test_messages_in_troubleshooting_are_in_the_source() -> None:
 
 
 def write_tables() -> None:
-    """Update the tables of keys: `python tests/test_docs.py`."""
+    """Update the tables of keys and of models: `python tests/test_docs.py`."""
     training, data, slurm = (ROOT / "docs" / f"{name}.md" for name in ("training", "data", "slurm"))
     before, _, _ = training.read_text().partition("## Every key\n")
     training.write_text(f"{before}## Every key\n\n{configuration_reference()}\n")
@@ -561,6 +562,7 @@ def write_tables() -> None:
         text, first = page.read_text(), rows.partition(" | ")[0]
         begin = text.index(f"\n{first} |") + 1
         page.write_text(text[:begin] + rows + text[text.index("\n\n", begin) :])
+    PAGE.write_text(models_page())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -15,23 +15,26 @@ from transformers import PreTrainedModel
 from qlora_dist.adapters.lora import QuantizedLoraLinear
 from qlora_dist.adapters.lora_experts import QuantizedLoraExperts, peft_swaps_in_out
 from qlora_dist.adapters.targets import AdapterTargets, find_targets, peft_target_names, targets_from_peft_config
+from qlora_dist.adapters.trainable_tokens import attach_vocabulary, trainable_token_indices
 from qlora_dist.compat.peft import LoraLayer, dispatch_default, peft
 from qlora_dist.config.sections import LoraConfig
 from qlora_dist.errors import UserError
 from qlora_dist.io.adapter_files import target_module_name
 from qlora_dist.layers.experts import QuantizedExperts
 from qlora_dist.layers.linear import QuantizedLinear
+from qlora_dist.layers.token_rows import is_token_rows_parameter
 
 ADAPTER_NAME = "default"
 
 
 def make_peft_config(
-    model: PreTrainedModel, config: LoraConfig, base: str, left_out: Collection[str] = ()
+    model: PreTrainedModel, config: LoraConfig, base: str, left_out: Collection[str] = (), token_ids: Sequence[int] = ()
 ) -> peft.LoraConfig:
     """Make PEFT's configuration of the adapter that the section `lora` describes.
 
     The model is on meta, without adapters. The adapter records `base`, the base model's folder. `left_out` names the
-    modules and parameters that transformers' class has besides those of the model. PEFT must not adapt them.
+    modules and parameters of transformers' class that the model lacks. PEFT must not adapt them. `token_ids` are the
+    rows of embedding and head that are trained, unless the whole module is.
 
     Raises:
         UserError: the model lacks a target, experts, or a module of `modules_to_save`, or PEFT cannot adapt them so.
@@ -51,6 +54,7 @@ def make_peft_config(
         target_modules=modules,
         target_parameters=parameters or None,
         modules_to_save=modules_to_save or None,
+        trainable_token_indices=trainable_token_indices(model, token_ids, modules_to_save),
         ensure_weight_tying=bool(modules_to_save) and has_tied_head(model),
         use_rslora=config.rslora,
         use_dora=config.dora,
@@ -59,18 +63,23 @@ def make_peft_config(
     )
 
 
-def attach_adapter(model: PreTrainedModel, config: peft.LoraConfig, name: str = ADAPTER_NAME) -> None:
+def attach_adapter(
+    model: PreTrainedModel, config: peft.LoraConfig, name: str = ADAPTER_NAME, *, vocabulary: int = 0
+) -> None:
     """Add a new fp32 adapter to a model on meta without adapters, and freeze all other parameters.
 
     PEFT's `inject_adapter_in_model` is not used, because its conversion of names from transformers 4 misreads a model
-    with QuantizedExperts. The model keeps its class and transformers' names.
+    with QuantizedExperts. The model keeps its class and transformers' names. Embedding and head get
+    at least `vocabulary` rows, if they are trained whole.
     """
     modules_to_save = set(config.modules_to_save or ())
+    if modules_to_save or config.trainable_token_indices:
+        attach_vocabulary(model, modules_to_save, config.trainable_token_indices or {}, vocabulary)
     targets = targets_from_peft_config(model, config)
     for path in (*targets.linear, *targets.experts):
         add_lora_layer(model, path, config, name, config.r, config.lora_alpha)
     for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_lora_parameter(parameter_name))
+        parameter.requires_grad_(is_adapter_parameter(parameter_name))
     for path, module in model.named_modules():
         if path in modules_to_save:  # without PEFT's wrapper, which would keep the frozen module too
             module.to(torch.float32)
@@ -156,8 +165,13 @@ def has_tied_head(model: PreTrainedModel) -> bool:
 
 
 def is_lora_parameter(name: str) -> bool:
-    """Return whether the adapter adds the parameter of this name. The folder has the values of all others."""
+    """Return whether it is a matrix or magnitude of LoRA."""
     return "lora_" in name
+
+
+def is_adapter_parameter(name: str) -> bool:
+    """Return whether the adapter adds the parameter of this name. The folder has the values of all others."""
+    return is_lora_parameter(name) or is_token_rows_parameter(name)
 
 
 def is_lora_b_parameter(name: str) -> bool:

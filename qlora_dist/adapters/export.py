@@ -20,6 +20,7 @@ from qlora_dist.compat.peft import peft
 from qlora_dist.errors import UserError
 from qlora_dist.io.adapter_files import PEFT_PREFIX
 from qlora_dist.layers.embedding import vocab_weight_names
+from qlora_dist.layers.token_rows import TOKEN_ROWS_NAME
 from qlora_dist.shard_view import full_tensor
 
 
@@ -30,7 +31,7 @@ def peft_key(name: str, adapter: str = ADAPTER_NAME) -> str:
     adapted parameter, input projections first, so their keys contain `base_layer`.
     """
     name = name.replace(f"lora_magnitude_vector.{adapter}.weight", "lora_magnitude_vector")
-    name = name.replace(f".{adapter}.", ".")
+    name = name.replace(f".{adapter}.", ".").replace(f".{TOKEN_ROWS_NAME}", f".token_adapter.{TOKEN_ROWS_NAME}")
     name = re.sub(r"\.experts\.(gate_)?up_proj\.lora_", ".experts.base_layer.lora_", name)
     name = re.sub(r"\.experts\.down_proj\.lora_", ".experts.lora_", name)
     return PEFT_PREFIX + name

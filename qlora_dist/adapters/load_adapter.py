@@ -10,13 +10,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_dist.adapters.attach import add_lora_layer, has_tied_head, is_lora_parameter
-from qlora_dist.adapters.saved_adapter import SavedAdapter, missing_module_error
+from qlora_dist.adapters.attach import add_lora_layer, has_tied_head, is_adapter_parameter
+from qlora_dist.adapters.saved_adapter import SavedAdapter, SavedTokenRows, missing_module_error
 from qlora_dist.errors import UserError
 from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry, tensors_equal
 from qlora_dist.layers.embedding import vocab_weight_names
 from qlora_dist.layers.experts import QuantizedExperts
 from qlora_dist.layers.linear import QuantizedLinear
+from qlora_dist.layers.token_rows import TOKEN_ROWS_NAME, TokenRows
 from qlora_dist.shard_view import flat_offset, local_slice, local_tensor
 
 
@@ -64,7 +65,7 @@ def saved_entries_by_parameter(
             parameter = f"{path}.{part}.{name}.weight"
             _check_shape(adapter, f"{path}.{part}", entry.shape, tuple(parameters[parameter].shape), base)
             entries[parameter] = entry
-    names = {name.replace(".base_layer.", "."): name for name in parameters if not is_lora_parameter(name)}
+    names = {name.replace(".base_layer.", "."): name for name in parameters if not is_adapter_parameter(name)}
     for plain, entry in _without_tied_head(model, adapter, base).items():
         if plain not in names:
             raise UserError(
@@ -73,6 +74,10 @@ def saved_entries_by_parameter(
             )
         _check_shape(adapter, plain, entry.shape, tuple(parameters[names[plain]].shape), base)
         entries[names[plain]] = entry
+    for path, rows in adapter.token_rows.items():
+        parameter = f"{path}.{TOKEN_ROWS_NAME}"
+        _check_shape(adapter, path, rows.entry.shape[1:], tuple(parameters[parameter].shape[1:]), base)
+        entries[parameter] = rows.entry
     return entries
 
 
@@ -82,7 +87,8 @@ def read_local_shard(
 ) -> torch.Tensor:
     """Read this rank's shard of a saved tensor, in the type and on the device of the parameter, which has memory.
 
-    A low-rank tensor is read whole and sliced. Other shards are contiguous, and only they are read.
+    A low-rank tensor is read whole and sliced, and so are rows of tokens. Other shards are contiguous, and only they
+    are read.
     """
     local = local_tensor(parameter)
     if is_low_rank:
@@ -91,6 +97,25 @@ def read_local_shard(
     if local.numel():
         reader.read_into(values, entry, flat_offset(parameter) * entry.dtype.itemsize)
     return values.view(local.shape).to(local)
+
+
+@torch.no_grad()
+def read_token_rows_shard(
+    parameter: torch.Tensor, rows: TokenRows, saved: SavedTokenRows, reader: SafetensorsReader
+) -> torch.Tensor:
+    """Return this rank's shard of an adapter's rows. Rows that the adapter does not hold keep the shard's values.
+
+    `parameter` has the values of the base, and `rows` names the rows of all loaded adapters.
+    """
+    positions = [rows.ids.index(token) for token in saved.ids]
+    values = torch.zeros(len(rows.ids), saved.entry.shape[1])
+    values[positions] = reader.read(saved.entry).float()
+    is_saved = torch.zeros(values.shape, dtype=torch.bool)
+    is_saved[positions] = True
+    local = local_tensor(parameter)
+    return torch.where(
+        local_slice(parameter, is_saved).to(local.device), local_slice(parameter, values).to(local), local
+    )
 
 
 def _without_tied_head(model: PreTrainedModel, adapter: SavedAdapter, base: Path) -> Mapping[str, TensorEntry]:

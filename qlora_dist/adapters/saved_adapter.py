@@ -25,14 +25,15 @@ from qlora_dist.io.adapter_files import (
     split_lora_key,
 )
 from qlora_dist.io.safetensors_file import TensorEntry, read_safetensors_header
+from qlora_dist.layers.token_rows import TOKEN_ROWS_NAME
 
 _UNSUPPORTED_KEYS = {
-    "trainable_token_indices": "trained rows of an embedding",
     "layer_replication": "replicated layers",
     "alora_invocation_tokens": "activated LoRA",
     "lora_bias": "a bias of B",
 }
 """Features of PEFT that are not supported, by key of adapter_config.json."""
+_TOKEN_ROWS_SUFFIX = f".token_adapter.{TOKEN_ROWS_NAME}"
 _INITS_THAT_CHANGE_BASE = ("pissa", "olora", "corda", "loftq")
 _EXPERT_MODULE = re.compile(r"\.experts\.\d+\.")
 
@@ -61,6 +62,16 @@ class LowRankUpdate:
         return factors if self.magnitude is None else {**factors, "lora_magnitude_vector": self.magnitude}
 
 
+@dataclass(frozen=True)
+class SavedTokenRows:
+    """Saved rows of an embedding or an output head, which replace the model's."""
+
+    ids: tuple[int, ...]
+    """Token ids of the rows, in the order of the file."""
+    entry: TensorEntry
+    """[len(ids), h]."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SavedAdapter:
     """Configuration and tensors of an adapter's folder."""
@@ -74,6 +85,8 @@ class SavedAdapter:
     """Updates by the name of the module, or of the experts' parameter, in transformers' class."""
     full_tensors: dict[str, TensorEntry] = field(default_factory=dict)
     """Fully trained tensors (`modules_to_save`, biases), by the parameter's name."""
+    token_rows: dict[str, SavedTokenRows] = field(default_factory=dict)
+    """Trained rows (`trainable_token_indices`) by the path of the embedding or head."""
 
     def layers_as_parameters(self) -> list[str]:
         """Return the linear layers that the configuration names by their parameter `weight`."""
@@ -97,10 +110,14 @@ def read_saved_adapter(path: Path) -> SavedAdapter:
     entries = read_safetensors_header(path / ADAPTER_WEIGHTS_NAME)
     parts: dict[str, dict[str, TensorEntry]] = {}
     full_tensors: dict[str, TensorEntry] = {}
+    token_rows: dict[str, SavedTokenRows] = {}
     for key, entry in entries.items():
         name = key.removeprefix(PEFT_PREFIX)
         if (part := split_lora_key(key)) is not None:
             parts.setdefault(part[0], {})[part[1]] = entry
+        elif name.endswith(_TOKEN_ROWS_SUFFIX):
+            module = name.removesuffix(_TOKEN_ROWS_SUFFIX)
+            token_rows[module] = _saved_token_rows(module, entry, config, path)
         elif ".lora_embedding_" in name:
             raise UserError(
                 f"{path}: has LoRA on an embedding ({name.partition('.lora_')[0]}), which is not supported; merge it "
@@ -113,7 +130,7 @@ def read_saved_adapter(path: Path) -> SavedAdapter:
         elif ".original_module." not in name:  # PEFT also saves the base's rows of a resized embedding
             # a module to save, the bias of a layer with an update, or a resized embedding
             full_tensors[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = entry
-    if not parts and not full_tensors:
+    if not parts and not full_tensors and not token_rows:
         raise UserError(f"{path / ADAPTER_WEIGHTS_NAME}: holds no tensors of an adapter; export the adapter again")
     low_rank = {}
     try:
@@ -131,6 +148,7 @@ def read_saved_adapter(path: Path) -> SavedAdapter:
         config=config,
         low_rank=low_rank,
         full_tensors=full_tensors,
+        token_rows=token_rows,
     )
 
 
@@ -174,6 +192,21 @@ def missing_module_error(adapter: SavedAdapter, module: str, base: Path) -> User
         f"{adapter.path}: adapts {module}, which the language model of {base} lacks; give the model that it was "
         "trained on, or use an adapter of other parts with PEFT"
     )
+
+
+def _saved_token_rows(module: str, entry: TensorEntry, config: Mapping[str, Any], path: Path) -> SavedTokenRows:
+    """Return a module's rows with their ids: PEFT lists ids for the input embedding, or by the end of a path."""
+    indices = config.get("trainable_token_indices")
+    if isinstance(indices, dict):
+        indices = next((ids for name, ids in indices.items() if module.endswith(name)), None)
+    ids = indices if isinstance(indices, list) else []
+    is_valid = all(isinstance(token, int) and token >= 0 for token in ids) and len(set(ids)) == len(ids)
+    if not is_valid or len(entry.shape) != 2 or entry.shape[0] != len(ids):
+        raise UserError(
+            f"{path}: has rows of {module} of the shape {entry.shape}, which trainable_token_indices in "
+            f"{ADAPTER_CONFIG_NAME} does not match; export the adapter again"
+        )
+    return SavedTokenRows(tuple(ids), entry)
 
 
 def _low_rank_update(

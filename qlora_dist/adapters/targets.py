@@ -100,7 +100,7 @@ def peft_target_names(
 ) -> tuple[list[str], list[str]]:
     """Return `target_modules` and `target_parameters` with which PEFT adapts exactly the targets.
 
-    `left_out` names modules and parameters of transformers' class that the model lacks, such as those of a tower.
+    `left_out` names modules and parameters of transformers' class that the model lacks, such as a tower's.
 
     If a model's experts were linear layers in transformers 4, PEFT mistakes some names of linear layers for experts
     (`_convert_peft_config_moe`). Such layers are named by their parameter, as `mlp.up_proj.weight`, which PEFT does not

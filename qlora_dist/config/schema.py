@@ -57,6 +57,12 @@ def _find_contradictions(config: Config) -> Iterator[str]:
     """Yield a message for each pair of values that exclude one another. It begins with the key."""
     if config.lora.experts and (config.lora.dropout or config.lora.dora):
         yield "lora.experts: experts support neither dropout nor DoRA; set lora.dropout: 0 and lora.dora: false"
+    for key, tokens in (
+        ("model.add_tokens", config.model.add_tokens),
+        ("lora.trainable_tokens", config.lora.trainable_tokens),
+    ):
+        if repeated := [token for token in tokens if tokens.count(token) > 1]:
+            yield f"{key}: {repeated[0]} is named twice; leave one out"
     if config.parallel.base == "paged" and config.paging.to == "unified":
         yield (
             "paging.to: unified memory is for optimizer states only, and parallel.base: paged pages the base too; "

@@ -13,6 +13,7 @@ DEFAULT_STEPS = 100
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+NonEmptyStr = Annotated[str, Field(min_length=1)]
 
 
 def _parse_bytes(value: object) -> object:
@@ -56,6 +57,9 @@ class ModelConfig(ConfigSection):
     embeddings: Literal["16bit", "4bit"] = "16bit"
     """Precision of the input embedding and the output head. 4bit: they are quantized on loading, unless the folder has
     them in 4 bit already."""
+    add_tokens: list[NonEmptyStr] = []
+    """Tokens to add to the tokenizer, such as [<tool>, </tool>]. They take spare rows of the embedding, or rows that
+    are added to embedding and head. These rows alone are trained, unless `lora.modules_to_save` names the modules."""
     compute_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Precision of the forward and backward pass, and of the base's unquantized parameters."""
     attention: Literal["sdpa", "flex", "eager"] = "sdpa"
@@ -69,7 +73,7 @@ class LoraConfig(ConfigSection):
 
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
-    from_adapter: Annotated[str, Field(min_length=1)] | None = Field(default=None, alias="from")
+    from_adapter: NonEmptyStr | None = Field(default=None, alias="from")
     """Folder of an adapter to begin from, written here or by PEFT. Its r, alpha, targets, experts, modules_to_save,
     rslora and dora replace unset keys and must equal set ones. null: begin from random A and zero B."""
     r: PositiveInt = 64
@@ -83,9 +87,11 @@ class LoraConfig(ConfigSection):
     experts: bool = False
     """Adapters for the experts of sparse models too, with separate matrices for each. Needs dropout 0, as in PEFT."""
     modules_to_save: list[str] = []
-    """Modules that are trained in full, by the last part of their names, such as [embed_tokens, lm_head] for new
-    tokens. Their weights are in fp32 and sharded like the adapters. A tied head follows its embedding, so name only
-    [embed_tokens] for it."""
+    """Modules that are trained in full, by the last part of their names, such as [embed_tokens, lm_head]. Their weights
+    are in fp32 and sharded like the adapters. A tied head follows its embedding, so name only [embed_tokens] for it."""
+    trainable_tokens: list[NonEmptyStr] = []
+    """Tokens of the tokenizer whose rows of embedding and head are trained too, such as reserved ones. Tokens of
+    `model.add_tokens` need not be named."""
     rslora: bool = False
     """Scaling by alpha / sqrt(r) (rank-stabilized LoRA)."""
     dora: bool = False

@@ -47,7 +47,7 @@ def preprocess_data(
     The statistics are a table and `num_samples` sequences of each source as they are trained, or one JSON object.
     """
     base = Path(config.model.base)
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base, config.model.add_tokens)
     if (base / "config.json").is_file():
         check_seq_len(config.data.seq_len, _read(base / "config.json"), config.model.base)
     prepared = prepare_datasets(config.data, tokenizer, progress_console, rebuild_cache=rebuild_cache)

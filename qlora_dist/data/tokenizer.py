@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,16 +13,37 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: Path, tokens: Sequence[str] = ()) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model's folder, and add the tokens of `model.add_tokens` to it."""
     from transformers import AutoTokenizer  # here, because the import takes seconds
 
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; give the folder of a Hugging Face model")
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        add_tokens(tokenizer, tokens)
+        return tokenizer
+    except UserError:
+        raise
     except Exception as error:  # Files of another kind, or nested too deeply, raise anything.
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{path}: holds no tokenizer ({reason}); copy it there from the original model") from None
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
+    """Add the tokens that a tokenizer lacks, in this order. Each of them matches exactly its own characters.
+
+    Raises:
+        UserError: the tokenizer would not find one of the tokens in a text.
+    """
+    from transformers import AddedToken
+
+    present = tokenizer.get_vocab()
+    added = [token for token in tokens if token not in present]
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added])
+    for token in added:
+        if tokenizer.convert_tokens_to_ids(token) not in tokenizer(token, verbose=False)["input_ids"]:
+            raise UserError(f"model.add_tokens: the tokenizer does not find {token!r} in a text; choose another token")
 
 
 def choose_pad_token_id(tokenizer: PreTrainedTokenizerBase, largest_token_id: int) -> int:
@@ -64,8 +86,8 @@ def _shipped(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
         if len(tokenizer(_CHATML_END, add_special_tokens=False, verbose=False)["input_ids"]) != 1:
             # Generation can stop at a single token only.
             raise UserError(
-                f"data.chat_template: chatml: the tokenizer has no token {_CHATML_END}, which ends a turn; write "
-                "alpaca or guanaco, or use a model whose tokenizer has that token"
+                f"data.chat_template: chatml: the tokenizer has no token {_CHATML_END}, which ends a turn; add it "
+                "with model.add_tokens: [<|im_start|>, <|im_end|>], or write alpaca or guanaco"
             )
     elif tokenizer.eos_token is None:
         raise UserError(

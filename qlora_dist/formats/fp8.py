@@ -17,7 +17,7 @@ from qlora_dist.formats.folder_tensors import (
     format_tensor,
     require_tensor,
 )
-from qlora_dist.formats.mxfp4 import make_packed_mxfp4
+from qlora_dist.formats.mxfp4 import exponents_to_powers, make_packed_mxfp4
 from qlora_dist.formats.published_entry import PublishedWeightEntry
 from qlora_dist.formats.published_layout import LayoutPart, PublishedLayout
 from qlora_dist.formats.row_pieces import decode_in_pieces, is_plain_cpu
@@ -25,7 +25,7 @@ from qlora_dist.io.safetensors_file import TensorEntry
 from qlora_dist.nf4.quantize import TORCH_DTYPES
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
+_FP8_SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
 _SCALE_SUFFIXES = ("_scale_inv", "_scale")
 _MODULE_SCALES = (".scale", ".qscale_weight")
 """Names of scales in a module that transformers renames to `.weight_scale_inv`: DeepSeek-V4, Mistral Large 4."""
@@ -97,7 +97,7 @@ class Fp8Layout(PublishedLayout):
 
 def _scale_values(scales: torch.Tensor) -> torch.Tensor:
     """Return scales in fp32. Bytes are exponents of 2, as `Fp8Dequantize` reads them."""
-    return (scales.float() - 127.0).exp2() if scales.dtype == torch.uint8 else scales.float()
+    return exponents_to_powers(scales, bias=127) if scales.dtype == torch.uint8 else scales.float()
 
 
 def _code_values(codes: torch.Tensor) -> torch.Tensor:
@@ -173,7 +173,7 @@ def make_fp8(
     Raises:
         UserError: the scales have an unsupported type or shape.
     """
-    if scale.dtype not in _SCALE_DTYPES:
+    if scale.dtype not in _FP8_SCALE_DTYPES:
         kind = format_tensor(scale.dtype, scale.shape)
         raise damaged_tensor_error(scale, scale_name, f"is {kind}, which is no type of scales")
     stem_length = len(name.removesuffix(".weight"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ from qlora_dist.nf4.quantize import TORCH_DTYPES
 
 MXFP4_GROUP = 32
 """Weights of a row that share a scale."""
-_SCALE_DTYPES = (torch.uint8, torch.float8_e8m0fnu, torch.float32)
+_MXFP4_SCALE_DTYPES = (torch.uint8, torch.float8_e8m0fnu, torch.float32)
 _DOUBLED = tuple(2 * value for value in FP4_VALUES)
 
 
@@ -74,7 +75,19 @@ class Mxfp4Layout(PublishedLayout):
 
 def _half_scales(scales: torch.Tensor) -> torch.Tensor:
     """Return half of each scale in fp32, because 2**(255 - 127) is infinite."""
-    return (scales.float() - 128.0).exp2() if scales.dtype == torch.uint8 else scales.float().mul_(0.5)
+    return exponents_to_powers(scales, bias=128) if scales.dtype == torch.uint8 else scales.float().mul_(0.5)
+
+
+@functools.cache
+def _power_table(bias: int, device: torch.device) -> torch.Tensor:
+    """Return fp32[256], the power of two of each exponent in a byte."""
+    return torch.ldexp(torch.ones(256), torch.arange(256) - bias).to(device)
+
+
+def exponents_to_powers(exponents: torch.Tensor, bias: int) -> torch.Tensor:
+    """Return 2**(exponent - bias) in fp32 for uint8 of any shape, exactly on every device, as `exp2` need not be."""
+    table = _power_table(bias, exponents.device)
+    return table.index_select(0, exponents.reshape(-1).int()).view(exponents.shape)
 
 
 def find_mxfp4_weights(entries: Mapping[str, TensorEntry], config: Mapping[str, Any], dtype: str) -> PublishedWeights:
@@ -128,7 +141,7 @@ def make_packed_mxfp4(
     weights = {}
     for matrix, (codes, scales) in each_matrix(weight_name, entry, scale):
         rows, half = codes.shape
-        kind = scale.dtype if scale.dtype in _SCALE_DTYPES else torch.uint8
+        kind = scale.dtype if scale.dtype in _MXFP4_SCALE_DTYPES else torch.uint8
         check_tensor(scales, scale_name, kind, (rows, 2 * half // MXFP4_GROUP))
         if 2 * half % MXFP4_GROUP:
             raise damaged_tensor_error(entry, name, f"has {2 * half} columns in groups of {MXFP4_GROUP}")

@@ -10,7 +10,6 @@ from rich.console import Console
 from qlora_dist.data.collate import Batch
 from qlora_dist.data.dataloader import eval_batches
 from qlora_dist.data.prepare_datasets import prepare_datasets
-from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
 from qlora_dist.inference.inference_model import InferenceModel
 from qlora_dist.runtime.heartbeat import record_heartbeat
@@ -49,7 +48,7 @@ def load_eval_batches(loaded: InferenceModel, data: str, console: Console | None
     """Return this rank's batches, and the number of trained tokens over all ranks."""
     config = loaded.config
     eval_data_config = config.data.model_copy(update={"train": [], "eval": data})
-    source = prepare_datasets(eval_data_config, load_tokenizer(loaded.folder.path), console).eval
+    source = prepare_datasets(eval_data_config, loaded.load_tokenizer(), console).eval
     assert source is not None
     check_token_ids(loaded.folder, loaded.model, [source])
     if len(set(all_gather_json(source.stats.sha256))) > 1:

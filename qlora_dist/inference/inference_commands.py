@@ -16,8 +16,8 @@ from rich.table import Table
 from qlora_dist.config.max_positions import max_positions
 from qlora_dist.config.schema import Config
 from qlora_dist.data.prepare_datasets import prepare_datasets
-from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
+from qlora_dist.inference.adapter_tokenizer import load_adapter_tokenizer
 from qlora_dist.inference.chat import chat
 from qlora_dist.inference.eval_loss import compute_eval_loss
 from qlora_dist.inference.generate import SamplingOptions, check_prompt_lengths, generate_tokens
@@ -68,7 +68,8 @@ def run_generate(options: ModelOptions, prompt_options: PromptOptions, sampling:
     if (prompt_options.prompt is not None) + (prompt_options.file is not None) + prompt_options.chat != 1:
         raise UserError("generate: give one of a prompt, --prompts FILE and --chat")
     adapters, config = _parse_model_options(options, None)
-    prompt_encoder = PromptEncoder(load_tokenizer(Path(config.model.base)), config.data.chat_template)
+    tokenizer = load_adapter_tokenizer(config, [adapter.saved for adapter in adapters])
+    prompt_encoder = PromptEncoder(tokenizer, config.data.chat_template)
     prompts = _prompts(prompt_options, prompt_encoder)
     first = prompt_options.adapter or (adapters[0].name if adapters else BASE_MODEL_NAME)
     for prompt in [*prompts, Prompt(content="", adapter=first, place=f"--use {first}")]:
@@ -109,7 +110,8 @@ def run_eval(options: ModelOptions, data: str | None, tasks: TaskOptions | None,
     progress = Console(stderr=True, quiet=not is_rank_0)
     if data is not None:  # tokenize now, because later the other ranks would wait in a collective
         eval_data_config = config.data.model_copy(update={"train": []})
-        prepare_datasets(eval_data_config, load_tokenizer(Path(config.model.base)), progress)
+        tokenizer = load_adapter_tokenizer(config, [adapter.saved for adapter in adapters])
+        prepare_datasets(eval_data_config, tokenizer, progress)
     rows: list[dict[str, Any]] = []
     scores: dict[str, Any] = {}
     with open_inference_model(config, adapters, quantize=options.quantize) as loaded:

@@ -8,17 +8,25 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from qlora_dist.adapters.attach import is_lora_parameter
-from qlora_dist.adapters.load_adapter import attach_saved_adapter, read_local_shard, saved_entries_by_parameter
-from qlora_dist.adapters.saved_adapter import find_invalid_values
+from qlora_dist.adapters.attach import is_adapter_parameter, is_lora_parameter
+from qlora_dist.adapters.load_adapter import (
+    attach_saved_adapter,
+    read_local_shard,
+    read_token_rows_shard,
+    saved_entries_by_parameter,
+)
+from qlora_dist.adapters.saved_adapter import SavedAdapter, find_invalid_values
+from qlora_dist.adapters.trainable_tokens import attach_saved_vocabulary
 from qlora_dist.compat.peft import LoraLayer, enable_frozen_adapters
 from qlora_dist.config.schema import Config
 from qlora_dist.errors import UserError
+from qlora_dist.inference.adapter_tokenizer import load_adapter_tokenizer
 from qlora_dist.inference.named_adapter import NamedAdapter
 from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry
+from qlora_dist.layers.token_rows import is_token_rows_parameter, token_rows
 from qlora_dist.model.attention import check_packing_support
 from qlora_dist.model.meta_model import LossModel, build_meta_model
 from qlora_dist.model.model_folder import ModelFolder
@@ -49,10 +57,16 @@ class InferenceModel:
     static_bytes: int
     """Bytes of weights that this rank holds."""
     store: dist.Store
+    saved_adapters: Sequence[SavedAdapter]
+    """The adapters' folders, in the order of `adapter_names`."""
     _saved_module_shards: list[dict[str, torch.Tensor]] = field(default_factory=list)
     """This rank's shards of the parameters that were trained whole, by name, for each adapter."""
     _base_shards: dict[str, torch.Tensor] = field(default_factory=dict)
     """Values of the base for all of these shards."""
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the base's tokenizer with the tokens that the adapters were trained with."""
+        return load_adapter_tokenizer(self.config, self.saved_adapters)
 
     @torch.no_grad()
     def set_adapter(self, name: str | None) -> None:
@@ -114,6 +128,7 @@ def _prepare_model(config: Config, adapters: Sequence[NamedAdapter], *, quantize
     if config.data.packing != "none" and config.data.eval is not None:
         check_packing_support(model)
     adapter_entries = []
+    attach_saved_vocabulary(model, [adapter.saved for adapter in adapters], folder.path)
     for index, adapter in enumerate(adapters):
         attach_saved_adapter(model, adapter.saved, _peft_adapter_name(index), folder.path)
     if config.data.eval is not None and isinstance(model.get_output_embeddings(), LoraLayer):
@@ -124,7 +139,7 @@ def _prepare_model(config: Config, adapters: Sequence[NamedAdapter], *, quantize
     for index, adapter in enumerate(adapters):
         adapter_entries.append(saved_entries_by_parameter(model, adapter.saved, _peft_adapter_name(index), folder.path))
     parameters = dict(model.named_parameters())
-    for name in {name for entries in adapter_entries for name in entries if not is_lora_parameter(name)}:
+    for name in {name for entries in adapter_entries for name in entries if not is_adapter_parameter(name)}:
         parameters[name].data = parameters[name].data.float()  # the type it was trained in
     return _PreparedModel(folder, model, adapter_entries)
 
@@ -159,6 +174,7 @@ def _load_inference_model(
         adapter_names=names,
         static_bytes=loaded.static_bytes,
         store=store,
+        saved_adapters=[adapter.saved for adapter in adapters],
         _saved_module_shards=saved_shards,
         _base_shards=base,
     )
@@ -178,9 +194,17 @@ def _read_adapters(
     saved_module_shards: list[dict[str, torch.Tensor]] = [{} for _ in adapter_entries]
     problems: list[str | None] = []
     with SafetensorsReader() as reader:
-        for entries, saved_shards in zip(adapter_entries, saved_module_shards, strict=True):
+        for adapter, entries, saved_shards in zip(adapters, adapter_entries, saved_module_shards, strict=True):
             for name, entry in entries.items():
                 record_heartbeat(phase="loading")
+                if is_token_rows_parameter(name):
+                    module = name.rpartition(".")[0]
+                    rows = token_rows(model.get_submodule(module))
+                    assert rows is not None
+                    saved_shards[name] = read_token_rows_shard(
+                        parameters[name], rows, adapter.saved.token_rows[module], reader
+                    )
+                    continue
                 values = read_local_shard(parameters[name], entry, reader, is_low_rank=is_lora_parameter(name))
                 if is_lora_parameter(name):
                     local_tensor(parameters[name]).copy_(values)

@@ -14,7 +14,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
 from qlora_dist.inference.inference_model import InferenceModel
 
@@ -52,7 +51,7 @@ def run_tasks(loaded: InferenceModel, options: TaskOptions) -> dict[str, dict[st
 
     from qlora_dist.inference.lm_eval_model import LmEvalModel
 
-    model = LmEvalModel(loaded, load_tokenizer(loaded.folder.path), options.batch_size)
+    model = LmEvalModel(loaded, loaded.load_tokenizer(), options.batch_size)
     results = simple_evaluate(
         model,
         tasks=list(options.names),

@@ -40,7 +40,7 @@ def check_job(config: Config, cluster: Cluster, nodes: int, ranks_per_node: int,
         gradient_accumulation(config.train.global_batch, config.train.micro_batch, ranks.world_size)
         folder, model, _ = set_up_model(config)
         check_seq_len(config.data.seq_len, model.config.to_dict(), str(folder.path))
-        load_tokenizer(folder.path)
+        load_tokenizer(folder.path, config.model.add_tokens)
         for source in [*config.data.train, *([config.data.eval] if config.data.eval else [])]:
             source_files(source if isinstance(source, SourceConfig) else SourceConfig(path=source))
     else:

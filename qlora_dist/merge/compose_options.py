@@ -138,6 +138,11 @@ def full_tensor_owners(adapters: Sequence[SavedAdapter]) -> dict[str, SavedAdapt
     """Return the adapter that holds each fully trained tensor. No two adapters may hold one."""
     owners: dict[str, SavedAdapter] = {}
     for adapter in adapters:
+        if adapter.token_rows:
+            raise UserError(
+                f"{adapter.path}: has trained rows of {next(iter(adapter.token_rows))}, and such rows have no sum; "
+                "merge the adapters one after the other"
+            )
         for name in adapter.full_tensors:
             if name in owners:
                 raise UserError(

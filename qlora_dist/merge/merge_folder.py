@@ -29,6 +29,7 @@ from qlora_dist.merge.lora_update import (
 )
 from qlora_dist.merge.merge_plan import MatrixMerge, MergeOptions, MergePlan, TensorMerge, make_merge_plan
 from qlora_dist.merge.published_config import exclude_modules
+from qlora_dist.merge.token_row_writer import TokenRowWriter
 from qlora_dist.merge.weight_rows import (
     base_weight_rows,
     dequantized_weight_rows,
@@ -51,6 +52,8 @@ _TOKENIZER_FILES = (
     "merges.txt",
 )
 """Patterns of the files that transformers saves for a tokenizer."""
+
+TensorWriter = SafetensorsWriter | TokenRowWriter
 
 MERGED_ADAPTER_FILE = "merged_adapter.json"
 """Name of the file that records the merged adapter. `qlora-dist quantize` copies it like all JSON files."""
@@ -107,7 +110,7 @@ def merge_folder(
     folder = ModelFolder(base or adapter.base)
     plan = make_merge_plan(folder, adapter, options)
     partial = out.with_name(out.name + ".partial")
-    report = MergeReport(out=out, replaced=len(adapter.full_tensors))
+    report = MergeReport(out=out, replaced=len(adapter.full_tensors) + len(adapter.token_rows))
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -192,17 +195,26 @@ def _write_files(partial: Path, plan: MergePlan, merger: _MatrixMerger, console:
             writer = SafetensorsWriter(partial / f"model-{number:05}-of-{len(files):05}.safetensors", specs)
             for _ in file:
                 tensor = next(steps)
-                if tensor.copied_entry is not None:
-                    _copy(tensor, tensor.copied_entry, merger.reader, writer)
-                for index, part in enumerate(tensor.matrices):
-                    if tensor.written_in_4bit:
-                        merger.write_4_bit(part, writer)
-                    else:
-                        merger.write_rows(part, _RowWriter(tensor, index, part, writer))
+                if (token_rows := tensor.token_rows) is not None:
+                    row_writer = TokenRowWriter(token_rows, tensor.dtype, writer, merger.reader)
+                    _write_tensor(tensor, merger, row_writer)
+                    row_writer.write_added_rows(tensor.key)
+                else:
+                    _write_tensor(tensor, merger, writer)
             writer.close()
 
 
-def _copy(tensor: TensorMerge, entry: TensorEntry, reader: SafetensorsReader, writer: SafetensorsWriter) -> None:
+def _write_tensor(tensor: TensorMerge, merger: _MatrixMerger, writer: TensorWriter) -> None:
+    if tensor.copied_entry is not None:
+        _copy(tensor, tensor.copied_entry, merger.reader, writer)
+    for index, part in enumerate(tensor.matrices):
+        if tensor.written_in_4bit:
+            merger.write_4_bit(part, writer)
+        else:
+            merger.write_rows(part, _RowWriter(tensor, index, part, writer))
+
+
+def _copy(tensor: TensorMerge, entry: TensorEntry, reader: SafetensorsReader, writer: TensorWriter) -> None:
     size = entry.dtype.itemsize
     for start, nbytes in read_chunks(entry.nbytes):
         chunk = torch.empty(nbytes // size, dtype=entry.dtype)
@@ -218,7 +230,7 @@ class _MatrixMerger:
         self._folder, self._report = folder, report
         self._last_update: tuple[LowRankUpdate, LoraUpdate] | None = None
 
-    def write_4_bit(self, part: MatrixMerge, writer: SafetensorsWriter) -> None:
+    def write_4_bit(self, part: MatrixMerge, writer: TensorWriter) -> None:
         update = self._read_update(part)
         if update is None:
             _write_quant_state(packed_weight(part, self._folder, self.reader), part, writer)
@@ -269,7 +281,7 @@ def _merge_rows(rows: torch.Tensor, update: LoraUpdate | None, first: int) -> to
     return rows if update is None else add_update_to_rows(rows, update, first)
 
 
-def _write_quant_state(packed: torch.Tensor, part: MatrixMerge, writer: SafetensorsWriter) -> None:
+def _write_quant_state(packed: torch.Tensor, part: MatrixMerge, writer: TensorWriter) -> None:
     for key, tensor in quant_state_tensors(part.matrix.name, packed, part.layout).items():
         writer.write(key, tensor)
 
@@ -277,7 +289,7 @@ def _write_quant_state(packed: torch.Tensor, part: MatrixMerge, writer: Safetens
 class _RowWriter:
     """Writer of a matrix in 16 or 32 bit, row by row. It holds the rows of a transposed matrix until `close`."""
 
-    def __init__(self, tensor: TensorMerge, index: int, part: MatrixMerge, writer: SafetensorsWriter) -> None:
+    def __init__(self, tensor: TensorMerge, index: int, part: MatrixMerge, writer: TensorWriter) -> None:
         rows, columns = part.layout.shape
         self._first = index * rows * columns * tensor.dtype.itemsize
         self._tensor, self._writer, self._transposed = tensor, writer, part.matrix.transposed

@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from qlora_dist.adapters.lora_experts import peft_swaps_in_out
-from qlora_dist.adapters.saved_adapter import LowRankUpdate, SavedAdapter, missing_module_error
+from qlora_dist.adapters.saved_adapter import LowRankUpdate, SavedAdapter, SavedTokenRows, missing_module_error
+from qlora_dist.adapters.trainable_tokens import saved_vocabulary
 from qlora_dist.errors import UserError
 from qlora_dist.io.safetensors_file import TensorEntry, tensors_equal
 from qlora_dist.layers.embedding import vocab_weight_names
@@ -85,6 +86,8 @@ class TensorMerge:
     """Tensor to copy, from the base or, if it was fully trained, from the adapter."""
     matrices: tuple[MatrixMerge, ...] = ()
     written_in_4bit: bool = False
+    token_rows: SavedTokenRows | None = None
+    """Trained rows that replace rows of the source or follow its last row."""
 
     def specs(self) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
         """Yield name, type and shape of the written tensors."""
@@ -103,7 +106,7 @@ class MergePlan:
     is_untied: bool
     """Whether a tied output head becomes a separate matrix."""
     vocab_size: int | None
-    """Rows of the embedding, if it was fully trained."""
+    """Rows of the embedding, if the adapter has rows of it."""
     unquantized_modules: tuple[str, ...] | None
     """Modules that are written in 16 bit beside others that keep their published format; None: there are no others."""
 
@@ -164,8 +167,7 @@ def make_merge_plan(folder: ModelFolder, adapter: SavedAdapter, options: MergeOp
             tensors[key] = _copied_tensor(key, entry, replaced.pop(key, entry), _dtype(entry.dtype, options))
     for key, entry in replaced.items():  # a head that was tied to the embedding
         tensors[key] = _copied_tensor(key, entry, entry, _dtype(torch.bfloat16, options))
-    embedding = adapter.full_tensors.get(vocab_weight_names(model)[0])
-    vocab_size = embedding.shape[0] if embedding is not None else None
+    vocab_size = _plan_token_rows(tensors, keys, model, adapter, folder)
     in_order = sorted(tensors.values(), key=lambda tensor: (str(tensor.source_file), tensor.source_offset))
     keeps_codes = any(key in folder.published_tensors for key in tensors)
     return MergePlan(in_order, is_untied, vocab_size, tuple(unquantized_modules) if keeps_codes else None)
@@ -223,6 +225,34 @@ def _plan_unused_matrices(
         for tensor in _plan_tensors(target, matrices, folder, options, in_4bit=options.into == "nf4"):
             tensors[tensor.key] = tensor
     return tensors
+
+
+def _plan_token_rows(
+    tensors: dict[str, TensorMerge],
+    keys: dict[str, str],
+    model: PreTrainedModel,
+    adapter: SavedAdapter,
+    folder: ModelFolder,
+) -> int | None:
+    """Add trained rows to the tensors of embedding and head, and return the embedding's rows if the adapter has any.
+
+    `keys` has the key in the folder of each of the model's tensors.
+    """
+    embedding, head = vocab_weight_names(model)
+    weights = [embedding] if has_tied_embeddings(model) else [embedding, head]
+    rows = {name.removesuffix(".weight"): model.get_parameter(name).shape[0] for name in weights}
+    vocabulary = saved_vocabulary(adapter, rows, folder.path)
+    for path, saved in adapter.token_rows.items():
+        stored_names = {f"{path}.weight", head} if has_tied_embeddings(model) else {f"{path}.weight"}
+        for key in {keys[name] for name in stored_names if name in keys}:
+            tensor = tensors.get(key)
+            if tensor is None or tensor.written_in_4bit or (key in folder.published and not tensor.matrices):
+                raise UserError(
+                    f"{adapter.path}: trains rows of {path}, which is quantized, and single rows of it cannot change; "
+                    "merge --into dequantized"
+                )
+            tensors[key] = replace(tensor, token_rows=saved, shape=(vocabulary, *tensor.shape[1:]))
+    return vocabulary if adapter.token_rows or embedding in adapter.full_tensors else None
 
 
 def _copied_tensor(key: str, source: TensorEntry, entry: TensorEntry, dtype: torch.dtype) -> TensorMerge:
@@ -311,8 +341,8 @@ def _plan_replaced_tensors(
     for name, entry in trained.items():
         if tied and name == head:
             is_untied = embedding not in trained or not tensors_equal(entry, trained[embedding])
-            if is_untied:
-                replaced[head] = entry
+            if is_untied or head in keys:  # the folder may store a tied head too
+                replaced[keys.get(head, head)] = entry
         elif name not in keys:
             raise UserError(
                 f"{adapter.path}: has {name}, which the base lacks; give the model that it was trained on with --base"

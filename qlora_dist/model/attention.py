@@ -83,7 +83,8 @@ def set_packed_attention(model: PreTrainedModel, attention: str = "sdpa") -> Non
         UserError: "flex" was given for another model, or for one with dropout of attention probabilities.
     """
     config, decoder = model.config.get_text_config(), find_decoder(model)
-    assert isinstance(decoder, PreTrainedModel)
+    if not isinstance(decoder, PreTrainedModel):
+        decoder = model
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     qualifies = (
         looks_attention_up(decoder)
@@ -113,12 +114,25 @@ def takes_sequence_starts(model: PreTrainedModel) -> bool:
 def check_packing_support(model: PreTrainedModel) -> None:
     """Raise a UserError unless the model is known to keep the sequences of packed rows apart."""
     kind = model.config.get_text_config().model_type
+    if numbers_positions_itself(model):
+        raise UserError(
+            f"data.packing: a model of type {kind} numbers the positions of a row itself, so they would not begin anew "
+            "at each sequence; set data.packing: none"
+        )
     known = takes_sequence_starts(model) or kind in PACKABLE_MODEL_TYPES
     if not known or not _has_only_attention(model):
         raise UserError(
             f"data.packing: a model of type {kind} with {attention_name(model)} "
             "attention may let the sequences of a packed row see each other; set data.packing: none"
         )
+
+
+def numbers_positions_itself(model: PreTrainedModel) -> bool:
+    """Return whether the model counts a row's tokens, beginning after its padding token's number (RoBERTa, Kosmos-2.5).
+
+    Its position_ids have that offset too.
+    """
+    return any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules())
 
 
 def _has_only_attention(model: PreTrainedModel) -> bool:

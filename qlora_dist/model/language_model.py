@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_dist.compat.torch import module_parameters
 from qlora_dist.compat.transformers import mark_initialized
 
 
@@ -61,8 +60,8 @@ def remove_towers(model: PreTrainedModel) -> Towers:
             if not any(f"{text_path}.".startswith(f"{child}.") for text_path in kept):
                 delattr(owner, name)
                 removed.append(child)
-        for name in list(module_parameters(owner)):
-            _replace_with_placeholder(owner, name)
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            _replace_with_placeholder(owner, name, parameter.shape)
             removed.append(prefix + name)
     return Towers(tuple(removed), names - _names(model))
 
@@ -74,9 +73,8 @@ def _child_with_embedding(model: PreTrainedModel) -> nn.Module:
     return next(child for child in children if any(module is embedding for module in child.modules()))
 
 
-def _replace_with_placeholder(owner: nn.Module, name: str) -> None:
+def _replace_with_placeholder(owner: nn.Module, name: str, shape: torch.Size) -> None:
     """Replace a parameter by a tensor without values, which a class may still mention when it sets first values."""
-    shape = owner.get_parameter(name).shape
     delattr(owner, name)
     placeholder = torch.empty(shape, device="meta")
     mark_initialized(placeholder)

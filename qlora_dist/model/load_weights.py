@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from qlora_dist.adapters.attach import is_lora_parameter
+from qlora_dist.adapters.attach import is_adapter_parameter
 from qlora_dist.compat.torch import map_tensors
 from qlora_dist.io.read_ahead import ReadProgress
 from qlora_dist.layers.embedding import QuantizedVocabMixin
@@ -77,7 +77,7 @@ def load_weights(
         for module in model.modules():
             for parameter in module.parameters(recurse=False):
                 name = parameter_names[id(parameter)]
-                if is_lora_parameter(name):
+                if is_adapter_parameter(name):
                     continue
                 if parameter_store is not None and name in stored_names:
                     write: WriteShard = partial(parameter_store.write, name)
@@ -139,10 +139,13 @@ def _write_local(local: torch.Tensor, first: int, values: torch.Tensor) -> None:
 
 def _local_shard(parameter: torch.Tensor, keys: tuple[str, ...], folder: ModelFolder, put: WriteShard) -> LocalShard:
     local, first = local_tensor(parameter), flat_offset(parameter)
-    if folder.packed(keys[0]) is not None or not first:
+    if folder.packed(keys[0]) is not None:
         return LocalShard(local, keys, first, put)
-    nbytes = sum(folder.entries[key].nbytes for key in keys)
-    return LocalShard(local, keys, first * nbytes // full_shape(parameter).numel(), put)
+    itemsize = folder.entries[keys[0]].dtype.itemsize
+    in_folder = sum(folder.entries[key].nbytes for key in keys) // itemsize
+    if full_shape(parameter).numel() > in_folder:  # rows that are added to an embedding or a head
+        local = local.view(-1)[: max(0, in_folder - first)]
+    return LocalShard(local, keys, first * itemsize, put)
 
 
 def _load_dequantized(parameter: torch.Tensor, keys: tuple[str, ...], reader: ShardReader, put: WriteShard) -> None:
@@ -151,4 +154,6 @@ def _load_dequantized(parameter: torch.Tensor, keys: tuple[str, ...], reader: Sh
     Such are the routers of sparse models, and output heads, which other programs quantize. Every rank reads them whole.
     """
     whole = torch.cat([reader.read_dequantized(key, local_tensor(parameter).dtype) for key in keys])
+    if added := full_shape(parameter)[0] - whole.shape[0]:  # rows that are added to an embedding or a head
+        whole = torch.nn.functional.pad(whole, (0, 0, 0, added))
     put(0, local_slice(parameter, whole).reshape(-1))

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 
 from qlora_dist.errors import UserError
 from qlora_dist.model.language_model import find_decoder
+from qlora_dist.model.stand_ins import DecoderOutput, replaced_forward
 
 _TOLERANCE = 1e-5  # relative and absolute; the measurement is in fp64 unless the model casts to fp32
 
@@ -92,14 +92,13 @@ def _caps(model: PreTrainedModel) -> list[float]:
 @contextmanager
 def _probe_decoder_and_head(model: PreTrainedModel, hidden: torch.Tensor, probe: nn.Linear) -> Iterator[None]:
     body, embedding, head = _module_before_head(model), model.get_input_embeddings(), model.get_output_embeddings()
-    output = _Output((hidden,))
-    body.forward = lambda *args, **kwargs: output
-    embedding.forward = lambda *args, **kwargs: hidden  # Llama 4 looks tokens up itself
+    output = DecoderOutput((hidden,))
     model.set_output_embeddings(probe)
     try:
-        yield
+        # Llama 4 looks tokens up outside of the module before its head
+        with replaced_forward(body, lambda *_, **__: output), replaced_forward(embedding, lambda *_, **__: hidden):
+            yield
     finally:
-        del body.forward, embedding.forward
         model.set_output_embeddings(head)
 
 
@@ -108,20 +107,12 @@ def _module_before_head(model: PreTrainedModel) -> nn.Module:
     decoder, head = find_decoder(model), model.get_output_embeddings()
     if model.config.get_text_config() is model.config:
         return decoder
-    around = (module for path, module in model.named_modules() if path and _contains(module, decoder))
-    outermost: nn.Module = next(module for module in around if not _contains(module, head))
-    return outermost
+    modules: Iterator[nn.Module] = model.modules()
+    return next(module for module in modules if _contains(module, decoder) and not _contains(module, head))
 
 
 def _contains(module: nn.Module, part: nn.Module) -> bool:
     return any(child is part for child in module.modules())
-
-
-class _Output(tuple[torch.Tensor]):
-    """Output of a decoder of any class: the last hidden state, and None for every other attribute."""
-
-    def __getattr__(self, name: str) -> Any:
-        return self[0] if name == "last_hidden_state" else None
 
 
 def _unknown_logit_scale_error(model: PreTrainedModel, reason: str) -> UserError:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qlora_dist.layers.embedding import QuantizedVocabMixin
+from qlora_dist.layers.token_rows import TokenRows, add_token_rows_to_logits, token_rows
 from qlora_dist.model.logit_scale import NO_LOGIT_SCALE, LogitScale
 from qlora_dist.model.row_chunks import rows_per_chunk
 from qlora_dist.runtime.byte_sizes import LOSS_CHUNK_LOGITS
@@ -43,10 +44,12 @@ class _LossHead(_Linear):
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Map hidden [..., h] to logits [..., vocabulary], or with labels int64[...] to the summed loss, fp32[]."""
+        rows = token_rows(self)
         if labels is None:
-            return super().forward(hidden)
+            logits = super().forward(hidden)
+            return logits if rows is None else add_token_rows_to_logits(logits, hidden, rows)
         return linear_cross_entropy_sum(
-            hidden.flatten(0, -2), _weight(self, hidden), self.bias, labels.flatten(), self.scale
+            hidden.flatten(0, -2), _weight(self, hidden), self.bias, labels.flatten(), self.scale, rows
         )
 
 
@@ -57,9 +60,11 @@ class _TiedEmbedding(_Embedding):
         """Map ids int64[...] to [..., h], or hidden [..., h] to the output of a loss head."""
         if not x.is_floating_point():
             return super().forward(x)
+        rows = token_rows(self)
         if labels is None:
-            return nn.functional.linear(x, _weight(self, x))
-        return linear_cross_entropy_sum(x.flatten(0, -2), _weight(self, x), None, labels.flatten(), self.scale)
+            logits = nn.functional.linear(x, _weight(self, x))
+            return logits if rows is None else add_token_rows_to_logits(logits, x, rows)
+        return linear_cross_entropy_sum(x.flatten(0, -2), _weight(self, x), None, labels.flatten(), self.scale, rows)
 
 
 class TiedHead(nn.Module):
@@ -68,6 +73,11 @@ class TiedHead(nn.Module):
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
         self._embedding = [embedding]  # in a list: not a submodule, or its parameter would be listed twice
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Weight of the embedding, whose type Mamba's class reads."""
+        return self._embedding[0].weight
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         output: torch.Tensor = self._embedding[0](hidden, labels)
@@ -85,10 +95,12 @@ def linear_cross_entropy_sum(
     bias: torch.Tensor | None,
     labels: torch.Tensor,
     scale: LogitScale = NO_LOGIT_SCALE,
+    rows: TokenRows | None = None,
 ) -> torch.Tensor:
     """Return fp32[], the sum of the cross entropies over the positions whose label is not IGNORE_INDEX.
 
     The shapes are hidden [n, h] in bf16, fp16 or fp32, weight [vocabulary, h], bias [vocabulary] and labels int64[n].
+    `rows` replace rows of the weight or follow it, and then there is no bias.
 
     The logits exist in chunks of 16 million, of trained positions only, and on a CPU in fp32 two million at a time. The
     gradients are computed along with the loss, so backward needs neither the logits nor the weight. A sharded head is
@@ -97,7 +109,9 @@ def linear_cross_entropy_sum(
     `torch.nn.functional.linear_cross_entropy` (2.13) does the same in principle, but returns the sum in hidden's type.
     That is off by 0.8 % for 341 tokens in bf16. On a CPU it takes at least twice the time (docs/log.md).
     """
-    loss: torch.Tensor = _LinearCrossEntropySum.apply(hidden, weight, bias, labels, scale)
+    assert rows is None or bias is None
+    values = None if rows is None else rows.values.to(hidden.dtype)
+    loss: torch.Tensor = _LinearCrossEntropySum.apply(hidden, weight, bias, labels, scale, rows, values)
     return loss
 
 
@@ -134,39 +148,49 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         bias: torch.Tensor | None,
         labels: torch.Tensor,
         scale: LogitScale,
+        rows: TokenRows | None,
+        values: torch.Tensor | None,
     ) -> torch.Tensor:
         wants_weight = any(ctx.needs_input_grad[1:3])
-        wants_grad = ctx.needs_input_grad[0] or wants_weight
+        wants_grad = ctx.needs_input_grad[0] or wants_weight or ctx.needs_input_grad[6]
         grad = torch.zeros_like(hidden) if wants_grad else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_weight and bias is not None else None
+        own = None if rows is None or values is None else _OwnLogits(rows, values, weight.shape[0])
+        vocabulary = weight.shape[0] if rows is None else rows.vocabulary
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         loss_rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
-        size = max(1, LOSS_CHUNK_LOGITS // weight.shape[0])
-        buffer = hidden.new_empty(min(size, len(loss_rows)), weight.shape[0])
+        size = max(1, LOSS_CHUNK_LOGITS // vocabulary)
+        buffer = hidden.new_empty(min(size, len(loss_rows)), vocabulary)
         block = rows_per_chunk(buffer, _BLOCK_LOGITS)
-        for rows in loss_rows.split(size):
-            inputs, logits = hidden[rows], buffer[: len(rows)]
+        for positions in loss_rows.split(size):
+            inputs, logits = hidden[positions], buffer[: len(positions)]
+            weight_logits = logits[:, : weight.shape[0]]
             if bias is None:
-                torch.mm(inputs, weight.t(), out=logits)
+                torch.mm(inputs, weight.t(), out=weight_logits)
             else:
-                torch.addmm(bias, inputs, weight.t(), out=logits)
-            for part, targets in zip(logits.split(block), labels[rows].split(block), strict=True):
+                torch.addmm(bias, inputs, weight.t(), out=weight_logits)
+            if own is not None:
+                own.write(inputs, logits)
+            for part, targets in zip(logits.split(block), labels[positions].split(block), strict=True):
                 loss += _softmax_grad_(part, targets.unsqueeze(1), scale, grad_bias, wants_grad=wants_grad)
             if grad is None:
                 continue
-            grad[rows] = logits @ weight
+            if own is None:
+                grad[positions] = logits @ weight
+            else:
+                grad[positions] = torch.addmm(own.backward_(inputs, logits), weight_logits, weight)
             if grad_weight is not None:
-                grad_weight += logits.t() @ inputs
-        ctx.gradients = grad, grad_weight, grad_bias
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+                grad_weight += weight_logits.t() @ inputs
+        ctx.gradients = grad, grad_weight, grad_bias, None if own is None else own.grad
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype, hidden.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (grad_loss,) = grads
-        (grad, grad_weight, grad_bias), ctx.gradients = ctx.gradients, None
-        weight_dtype, bias_dtype = ctx.dtypes
+        (grad, grad_weight, grad_bias, grad_values), ctx.gradients = ctx.gradients, None
+        weight_dtype, bias_dtype, values_dtype = ctx.dtypes
         # in fp32, because a loss scale divided by few tokens is infinite in fp16
         return (
             (grad.float() * grad_loss).to(grad.dtype),
@@ -174,4 +198,28 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             None if grad_bias is None else grad_bias.mul_(grad_loss).to(bias_dtype),
             None,
             None,
+            None,
+            None if grad_values is None else grad_values.mul_(grad_loss).to(values_dtype),
         )
+
+
+class _OwnLogits:
+    """Logits of rows that have values of their own, and the gradient of the values."""
+
+    def __init__(self, rows: TokenRows, values: torch.Tensor, weight_rows: int) -> None:
+        self._values, self._index = values, rows.index(values.device)
+        replaced = [token for token in rows.ids if token < weight_rows]
+        self._replaced = torch.tensor(replaced, dtype=torch.int64, device=values.device)
+        self.grad = torch.zeros_like(values, dtype=torch.float32)
+        """fp32[n, h], summed over the calls of `backward_`."""
+
+    def write(self, inputs: torch.Tensor, logits: torch.Tensor) -> None:
+        """Write the rows' columns of logits [n, vocabulary], given inputs [n, h]."""
+        logits[:, self._index] = inputs @ self._values.t()
+
+    def backward_(self, inputs: torch.Tensor, logits_grad: torch.Tensor) -> torch.Tensor:
+        """Return the rows' part of the inputs' gradient, [n, h], and set replaced columns of `logits_grad` to zero."""
+        own_grad = logits_grad[:, self._index]
+        logits_grad[:, self._replaced] = 0
+        self.grad += own_grad.t() @ inputs
+        return own_grad @ self._values

@@ -19,7 +19,7 @@ from qlora_dist.layers.dequantize import WeightLayout
 from qlora_dist.layers.embedding import QuantizedVocabMixin, use_quantized_vocab
 from qlora_dist.layers.experts import QuantizedExperts
 from qlora_dist.layers.linear import QuantizedLinear
-from qlora_dist.model.attention import add_sequence_starts, set_packed_attention
+from qlora_dist.model.attention import add_sequence_starts, numbers_positions_itself, set_packed_attention
 from qlora_dist.model.language_model import Towers, find_decoder
 from qlora_dist.model.logit_scale import LogitScale, measure_logit_scale
 from qlora_dist.model.loss import TiedHead, tie_head_to_embedding, use_loss_head
@@ -93,12 +93,19 @@ def build_meta_model(folder: ModelFolder, config: ModelConfig, *, quantize: bool
         "origins": sources,
         "matrices": in_4_bit,
         "towers": towers,
-        "takes_position_ids": "position_ids" in inspect.signature(find_decoder(model).forward).parameters,
+        "takes_position_ids": _takes_position_ids(model),
         "forward": _loss_forward_like(type(model).forward),
     }
     model.__class__ = type(f"Loss{type(model).__name__}", (LossModel, type(model)), attributes)
     assert isinstance(model, LossModel)
     return model
+
+
+def _takes_position_ids(model: transformers.PreTrainedModel) -> bool:
+    """Return whether the decoder takes position_ids that begin at 0."""
+    if numbers_positions_itself(model):
+        return False
+    return "position_ids" in inspect.signature(find_decoder(model).forward).parameters
 
 
 def _pack_unquantized(parts: Sequence[SourceMatrix], folder: ModelFolder) -> None:
@@ -118,9 +125,11 @@ def _is_quantized_layer(
     """Return whether a parameter becomes a byte vector."""
     if any(part.name in folder.quantized for part in parts):
         return True
+    if target.role != "layer":
+        return config.embeddings == "4bit" and (config.keep_format or not weight_format.keep_format)
     if weight_format.keep_format:
-        return target.role == "layer" and any(part.name in folder.published for part in parts)
-    return not folder.is_quantized if target.role == "layer" else config.embeddings == "4bit"
+        return any(part.name in folder.published for part in parts)
+    return not folder.is_quantized
 
 
 def transformers_names(model: nn.Module) -> dict[str, str]:
@@ -139,10 +148,12 @@ def transformers_names(model: nn.Module) -> dict[str, str]:
 
 
 def get_decoder_layers(model: transformers.PreTrainedModel) -> nn.ModuleList:
+    """Return the list of the model's layers. LongCat-Flash's layers hold lists too, of attention."""
     count = model.config.get_text_config().num_hidden_layers
-    lists = [(path.count("."), m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    blocks = [(depth, m) for depth, m in lists if len(m) == count]
-    return min(blocks or lists, key=lambda item: item[0])[1]
+    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    outermost = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
+    blocks = [path for path in outermost if len(lists[path]) == count]
+    return lists[min(blocks or outermost, key=lambda path: path.count("."))]
 
 
 def _replace_with_quantized(
@@ -239,9 +250,9 @@ class LossModel(transformers.PreTrainedModel):
     matrices: Mapping[str, Sequence[SourceMatrix]]
     """The folder's matrices behind each tensor that is in 4 bit in this model, by the same name."""
     towers: Towers
-    """What transformers' class has besides the language model; none of it is part of this model."""
+    """Parts of transformers' class that this model lacks, because they are not its language model."""
     takes_position_ids: bool
-    """Whether the decoder takes position_ids. BLOOM and Mamba do not."""
+    """Whether the decoder takes position_ids that begin at 0. BLOOM and Mamba take none."""
 
     def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """Return the summed loss if labels are given, else transformers' output.

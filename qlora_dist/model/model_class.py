@@ -17,7 +17,7 @@ from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.model_support import check_model_class, check_text_config
 from qlora_dist.model.quantizable import has_tied_embeddings
 from qlora_dist.model.text_forward import check_text_forward
-from qlora_dist.model.weight_sources import find_weight_sources
+from qlora_dist.model.weight_sources import target_names
 
 
 def causal_lm_on_meta(folder: ModelFolder, dtype: torch.dtype, attention: str = "sdpa") -> transformers.PreTrainedModel:
@@ -62,6 +62,8 @@ def whole_model_on_meta(
         requested = "eager" if attention == "eager" else None  # None: SDPA where the architecture has it
         model = _from_config(config, dtype, requested)
         if has_tied_embeddings(model) and _stores_untied_head(model, folder):
+            if config.get_text_config() is config:
+                check_model_class(model, folder.path)  # other shared weights are shared no more below
             for part in (config, config.get_text_config()):
                 part.tie_word_embeddings = False
             model = _from_config(config, dtype, requested)
@@ -85,7 +87,8 @@ def _from_config(config: transformers.PretrainedConfig, dtype: torch.dtype, atte
 
 def _auto_class(config: transformers.PretrainedConfig) -> Any:
     """Return the Auto class with which transformers opens the whole model, towers included."""
-    if config.get_text_config() is not config:
+    is_causal = type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    if config.get_text_config() is not config or not is_causal:
         if type(config) in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             return transformers.AutoModelForImageTextToText
         if type(config) in modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING:
@@ -102,7 +105,7 @@ def _stores_untied_head(model: transformers.PreTrainedModel, folder: ModelFolder
     names = folder.names
     if not any(name.endswith(head.rpartition(".")[0].rpartition(".")[2] + ".weight") for name in names):
         return False  # the usual case; converting all names takes longer
-    sources = find_weight_sources(model, names)
-    if head not in sources or embedding not in sources:
+    keys = {target: key for key, target in target_names(model, names).items()}
+    if head not in keys or embedding not in keys:
         return False
-    return not folder.tensors_equal(sources[head].keys[0], sources[embedding].keys[0])
+    return not folder.tensors_equal(keys[head], keys[embedding])

@@ -19,6 +19,7 @@ _UNSUPPORTED = {
     "diffusion_gemma": "predicts several tokens at a time in any order",
     "cpmant": "puts its own prompt before each sequence",
     "reformer": "takes only sequences of the length that axial_pos_shape gives",
+    "shieldgemma2": "classifies images",
     "xlm": "lets a position see later ones",
     "xlnet": "lets a position see later ones",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeGuard
 
 from torch import nn
@@ -155,7 +155,10 @@ def common_layout(
     Raises:
         UserError: their layouts or types differ, their shape is not config.json's, or they are no 16- or 32-bit floats.
     """
-    unquantized = [matrix.name for matrix in parts if folder.packed(matrix.name) is None]
+    if target.role != "layer":
+        weight_format = replace(weight_format, keep_format=False)
+    kept = folder.packed if weight_format.keep_format else folder.quantized.get
+    unquantized = [matrix.name for matrix in parts if kept(matrix.name) is None]
     if 0 < len(unquantized) < len(parts):
         raise UserError(
             f"{folder.path}: {unquantized[0]} is not quantized and others of its layer are; quantize the model anew"

@@ -6,8 +6,9 @@ embeddings. A class that adds something, or that lets a token see later ones, is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from qlora_dist.errors import UserError
 from qlora_dist.model.language_model import find_decoder
+from qlora_dist.model.stand_ins import DecoderOutput, replaced_forward
 
 _LENGTH, _DEVICE_PARAMETER = 3, "device_of_probe"
 _SETTINGS = {
@@ -73,44 +75,41 @@ def _is_causal(mask: torch.Tensor | None) -> bool:
     return bool((sees == torch.ones(_LENGTH, _LENGTH, dtype=torch.bool).tril()).all())
 
 
+def _embed_as_zeros(size: int, ids: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(*ids.shape, size)
+
+
 @contextmanager
 def _recorded_decoder(model: PreTrainedModel) -> Iterator[tuple[list[Mapping[str, Any]], torch.Tensor]]:
     """Replace decoder, embeddings and head by stand-ins, and yield the decoder's calls and the tokens' embeddings."""
     decoder, head, was_training = find_decoder(model), model.get_output_embeddings(), model.training
     around = [module for module in model.modules() if any(child is decoder for child in module.modules())]
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    embeddings = torch.randn(1, _LENGTH, model.get_input_embeddings().embedding_dim)
+    vocabulary = model.get_input_embeddings()
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding) and module is not vocabulary]
+    embeddings = torch.randn(1, _LENGTH, vocabulary.embedding_dim)
     calls: list[Mapping[str, Any]] = []
 
-    def record(*args: Any, **kwargs: Any) -> _Output:
+    def record(*args: Any, **kwargs: Any) -> DecoderOutput:
         calls.append({f"argument {index}": value for index, value in enumerate(args)} | kwargs)
-        return _Output((embeddings,))
+        return DecoderOutput((embeddings,))
 
-    def zeros_of(size: int) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda ids: torch.zeros(*ids.shape, size)
-
-    for table in tables:
-        table.forward = zeros_of(table.embedding_dim)  # type: ignore[method-assign, assignment]
-    model.get_input_embeddings().forward = lambda ids: embeddings
-    decoder.forward = record
+    weight = vocabulary.weight
     model.set_output_embeddings(nn.Linear(embeddings.shape[-1], 8))
+    # Gemma 4 reads the row of the padding token itself
+    vocabulary.weight = nn.Parameter(torch.zeros(1).expand(weight.shape), requires_grad=False)
     model.eval()
     for module in around:  # a model's first parameter determines its device, to which it may move its input
         module.register_parameter(_DEVICE_PARAMETER, nn.Parameter(torch.empty(0)))
     try:
-        yield calls, embeddings
+        with ExitStack() as stack:
+            for table in tables:
+                stack.enter_context(replaced_forward(table, partial(_embed_as_zeros, table.embedding_dim)))
+            stack.enter_context(replaced_forward(vocabulary, lambda ids: embeddings))
+            stack.enter_context(replaced_forward(decoder, record))
+            yield calls, embeddings
     finally:
         for module in around:
             delattr(module, _DEVICE_PARAMETER)
         model.train(was_training)
+        vocabulary.weight = weight
         model.set_output_embeddings(head)
-        del decoder.forward
-        for table in tables:
-            del table.forward
-
-
-class _Output(tuple[torch.Tensor]):
-    """Output of a decoder of any class: the last hidden state, and None for every other attribute."""
-
-    def __getattr__(self, name: str) -> Any:
-        return self[0] if name == "last_hidden_state" else None

@@ -73,7 +73,7 @@ def find_weight_sources(model: PreTrainedModel, names: Iterable[str]) -> dict[st
 
 
 def target_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Map those of a folder's tensors that the model loads to the name of the model's tensor."""
+    """Map each tensor of a folder that the model loads to the name of the model's tensor."""
     return {key: target for key, (target, _) in _find_targets(model, names).items()}
 
 

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import Shard
 from transformers import PreTrainedModel
 
-from qlora_dist.adapters.attach import has_tied_head, is_lora_parameter
+from qlora_dist.adapters.attach import has_tied_head, is_adapter_parameter
 from qlora_dist.compat.fsdp import MeshPlacement, observe_collectives, offload_frozen_only
 from qlora_dist.config.schema import Config
 from qlora_dist.model.meta_model import COMPUTE_DTYPES, get_decoder_layers
@@ -70,12 +70,12 @@ def _shard_placement_fn(model: nn.Module, meshes: Meshes) -> Callable[[nn.Parame
     """
     to_adapter_mesh = (lambda placement: placement) if meshes.shares_group else MeshPlacement(meshes.adapter)
     shards = meshes.sizes.adapter_shards
-    lora = {id(parameter) for name, parameter in model.named_parameters() if is_lora_parameter(name)}
+    added = {id(parameter) for name, parameter in model.named_parameters() if is_adapter_parameter(name)}
 
     def place(parameter: nn.Parameter) -> Any:
         if not parameter.requires_grad:
             return None
-        wide = id(parameter) in lora and parameter.dim() == 2 and parameter.shape[1] > parameter.shape[0]
+        wide = id(parameter) in added and parameter.dim() == 2 and parameter.shape[1] > parameter.shape[0]
         return to_adapter_mesh(Shard(1 if wide and parameter.shape[1] % shards == 0 else 0))
 
     return place

@@ -16,6 +16,7 @@ from qlora_dist.model.adapter_init import init_adapter
 from qlora_dist.model.load_weights import load_weights
 from qlora_dist.model.meta_model import LossModel, get_decoder_layers
 from qlora_dist.model.model_folder import ModelFolder
+from qlora_dist.model.new_token_rows import init_new_token_rows
 from qlora_dist.optim.adapter_shards import AdapterShards, adapter_shard_numels
 from qlora_dist.optim.optimizer_state import PagedOptimizerState
 from qlora_dist.parallel.deepspeed_optimizer import ZeroOptimizerState
@@ -109,6 +110,7 @@ def load_model(
         parameter_store=paged_layers,
         on_read=record_read,
     )
+    init_new_token_rows(model, folder, config.train.seed, device)
     if fill_adapter is not None:
         fill_adapter(model)
     else:

@@ -92,16 +92,19 @@ def make_model_spec(
     block_size: int = 64,
     double_quant: bool = True,
     embeddings: Literal["16bit", "4bit"] = "16bit",
+    new_tokens: int = 0,
     keep_format: bool = False,
 ) -> ModelSpec:
     """Return the specification of a model with its adapters, from the content of config.json.
 
+    Each of the `new_tokens` has a trained row of embedding and head, after the rows that config.json counts.
     With `keep_format`, linear layers are in the published format that config.json describes.
 
     Raises:
         UserError: the architecture is not supported.
     """
-    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+    hidden, base_rows = config["hidden_size"], config["vocab_size"]
+    vocabulary = base_rows + new_tokens
     tied = bool(config.get("tie_word_embeddings", config["model_type"] in _TIED_BY_DEFAULT))
     layers = decoder_layer_specs(config, lora)
 
@@ -124,18 +127,19 @@ def make_model_spec(
             units[layer, sizes] = FsdpUnit("layer", tuple(_parameters(layer, lora, sizes)), layer)
         layer_units.append(units[layer, sizes])
 
-    def matrix(name: str) -> ParameterSpec:
+    def matrices(name: str) -> tuple[ParameterSpec, ...]:
         if name in lora.modules_to_save or (tied and {"embed_tokens", "lm_head"} & {*lora.modules_to_save}):
-            return ParameterSpec((vocabulary, hidden), trained=True, always_row_sharded=True)
+            return (ParameterSpec((vocabulary, hidden), trained=True, always_row_sharded=True),)
+        base = ParameterSpec((base_rows, hidden))
         if embeddings == "4bit":
-            return ParameterSpec((layout(vocabulary, hidden).total_bytes,), is_quantized=True)
-        return ParameterSpec((vocabulary, hidden))
+            base = ParameterSpec((layout(base_rows, hidden).total_bytes,), is_quantized=True)
+        return (base, *([ParameterSpec((new_tokens, hidden), trained=True)] if new_tokens else []))
 
     return ModelSpec(
         units=(
-            FsdpUnit("shared_embedding" if tied else "embedding", (matrix("embed_tokens"),)),
+            FsdpUnit("shared_embedding" if tied else "embedding", matrices("embed_tokens")),
             *layer_units,
-            *([] if tied else [FsdpUnit("head", (matrix("lm_head"),))]),
+            *([] if tied else [FsdpUnit("head", matrices("lm_head"))]),
             FsdpUnit("root", (ParameterSpec((hidden,)),)),
         ),
         hidden=hidden,

@@ -137,4 +137,5 @@ def _run_model_spec(config: Config, model_config: Mapping[str, Any]) -> ModelSpe
         double_quant=double_quant,
         embeddings=model.embeddings,
         keep_format=model.keep_format,
+        new_tokens=len({*model.add_tokens, *config.lora.trainable_tokens}),
     )

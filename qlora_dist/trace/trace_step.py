@@ -40,6 +40,7 @@ from qlora_dist.config.schema import Config
 from qlora_dist.cpu.cpu_attention import packed_causal_attention_cpu
 from qlora_dist.data.collate import Batch
 from qlora_dist.data.dataloader import gradient_accumulation
+from qlora_dist.data.new_tokens import assume_new_tokens
 from qlora_dist.errors import UserError
 from qlora_dist.model.attention import AttentionOptions, has_cpu_kernel, sdpa_per_sequence, takes_sequence_starts
 from qlora_dist.model.load_weights import materialize
@@ -204,7 +205,8 @@ def trace_checkpoint(
     _check_traceable(config, folder, world_size, nodes)
     ranks = RankInfo(rank=0, world_size=world_size, local_rank=0, local_world_size=world_size // nodes, launcher="none")
     micro_batches = gradient_accumulation(config.train.global_batch, config.train.micro_batch, world_size)
-    model = set_up_model(config, folder)[1]
+    new_tokens = assume_new_tokens(config, folder.config["vocab_size"])
+    model = set_up_model(config, folder, new_tokens=new_tokens)[1]
     nested_code_table(_CPU), state_code_tables(_CPU)  # cached at first use, so they must not become fake tensors
     with _fake_process_group(world_size):
         sharded = shard_model(model, config, ranks, _CPU)
@@ -295,6 +297,8 @@ def _check_traceable(config: Config, folder: ModelFolder, world_size: int, nodes
             "parallel: a base that is paged or offloaded cannot be traced, as device and host are one in a trace; "
             "plan without --trace"
         )
+    if config.model.keep_format:
+        raise UserError("model.keep_format: a trace knows weights in 4 bit only; plan without --trace")
     check_equal_nodes(world_size, nodes)
 
 

@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from qlora_dist.adapters.attach import ADAPTER_NAME, is_lora_parameter, named_trainable_parameters
+from qlora_dist.adapters.attach import ADAPTER_NAME, is_adapter_parameter, named_trainable_parameters
 from qlora_dist.adapters.load_adapter import read_local_shard, saved_entries_by_parameter
 from qlora_dist.adapters.saved_adapter import find_invalid_values, missing_module_error, read_saved_adapter
+from qlora_dist.adapters.trainable_tokens import vocab_modules
 from qlora_dist.errors import UserError
 from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry
+from qlora_dist.layers.token_rows import token_rows
 from qlora_dist.runtime.object_collectives import all_gather_json
 from qlora_dist.shard_view import local_tensor
 
@@ -36,6 +38,14 @@ def find_initial_tensors(path: Path, model: PreTrainedModel, targets: Set[str], 
             f"lora.from: {path} does not adapt {module}, which lora.targets names; set lora.targets to layers that it "
             "adapts everywhere, or remove lora.from"
         )
+    for module, saved in adapter.token_rows.items():
+        trained_module = vocab_modules(model).get(module)
+        rows = None if trained_module is None else token_rows(trained_module)
+        if rows is None or rows.ids != saved.ids:
+            raise UserError(
+                f"lora.from: {path} trains other rows of {module} than this run; set model.add_tokens and "
+                "lora.trainable_tokens as in that adapter's run"
+            )
     entries = saved_entries_by_parameter(model, adapter, ADAPTER_NAME, base)
     trained = {name for name, _ in named_trainable_parameters(model)}
     for name in sorted(trained ^ entries.keys()):
@@ -53,7 +63,7 @@ def load_initial_tensors(model: PreTrainedModel, entries: Mapping[str, TensorEnt
     error = None
     with SafetensorsReader() as reader:
         for name, parameter in named_trainable_parameters(model):
-            values = read_local_shard(parameter, entries[name], reader, is_low_rank=is_lora_parameter(name))
+            values = read_local_shard(parameter, entries[name], reader, is_low_rank=is_adapter_parameter(name))
             local_tensor(parameter).copy_(values)
             problem = find_invalid_values([(name, values)])
             error = error or (problem if problem is not None and "finite" in problem else None)

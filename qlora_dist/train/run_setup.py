@@ -23,6 +23,7 @@ from qlora_dist.adapters.attach import (
 from qlora_dist.adapters.export import config_to_save, shapes_to_save
 from qlora_dist.adapters.peft_roundtrip import check_peft_roundtrip, needs_peft_conversion
 from qlora_dist.adapters.targets import AdapterTargets, find_targets, weight_read_names
+from qlora_dist.adapters.trainable_tokens import set_vocabulary
 from qlora_dist.compat.peft import peft
 from qlora_dist.config.max_positions import check_seq_len
 from qlora_dist.config.schema import Config
@@ -30,6 +31,7 @@ from qlora_dist.config.sections import DEFAULT_STEPS, LoraConfig
 from qlora_dist.data.collate import Batch, PackedDataset
 from qlora_dist.data.dataloader import BatchLayout, TrainDataLoader, eval_batches
 from qlora_dist.data.inference_tokenizer import InferenceTokenizer, make_inference_tokenizer
+from qlora_dist.data.new_tokens import NewTokens, find_new_tokens
 from qlora_dist.data.prepare_datasets import PreparedDatasets, PreparedSource, data_warnings, prepare_datasets
 from qlora_dist.data.tokenizer import load_tokenizer
 from qlora_dist.errors import UserError
@@ -94,7 +96,7 @@ def set_up_run(config: Config, ranks: RankInfo, console: Console | None = None) 
     console = console or Console(quiet=True)
     device = _check_machine(config, ranks, console)
     sizes = mesh_sizes(config.parallel, ranks)
-    folder, model, adapter = set_up_model(config)
+    folder, model, adapter = set_up_model(config, console=console)
     if config.lora.targets == "all-linear" and (read := sorted(weight_read_names(model))):
         console.print(
             f"lora.targets: without {', '.join(read)}, whose weight the model's code reads itself", markup=False
@@ -103,7 +105,7 @@ def set_up_run(config: Config, ranks: RankInfo, console: Console | None = None) 
     initial_tensors = {}
     if config.lora.from_adapter is not None:
         initial_tensors = find_initial_tensors(Path(config.lora.from_adapter), model, adapted_paths(model), folder.path)
-    tokenizer = load_tokenizer(folder.path)
+    tokenizer = load_tokenizer(folder.path, config.model.add_tokens)
     train, held_out = _prepare_data(config, tokenizer, folder, model, console)
     served = make_inference_tokenizer(tokenizer, config.data.chat_template, folder.path)
     loader = _make_loader(config, ranks, train)
@@ -178,8 +180,17 @@ def _data_sha256(train: Sequence[PreparedSource], held_out: PreparedSource | Non
     return hashes if held_out is None else hashes | {"eval": held_out.stats.sha256}
 
 
-def set_up_model(config: Config, folder: ModelFolder | None = None) -> tuple[ModelFolder, LossModel, peft.LoraConfig]:
+def set_up_model(
+    config: Config,
+    folder: ModelFolder | None = None,
+    *,
+    new_tokens: NewTokens | None = None,
+    console: Console | None = None,
+) -> tuple[ModelFolder, LossModel, peft.LoraConfig]:
     """Build the model with its adapters on the meta device, from `folder` or `model.base`.
+
+    Without `new_tokens`, the folder's tokenizer says which rows the run adds to the embedding or trains. `console`
+    shows remarks about them.
 
     Raises:
         UserError: there is no such model, or the adapters do not fit it.
@@ -191,12 +202,21 @@ def set_up_model(config: Config, folder: ModelFolder | None = None) -> tuple[Mod
         check_packing_support(model)
     base = config.model.base
     targets = find_targets(model, config.lora, base)
-    adapter = make_peft_config(model, config.lora, base, model.towers.names)
-    attach_adapter(model, adapter)
+    rows = model.get_input_embeddings().weight.shape[0]
+    new_tokens = new_tokens or find_new_tokens(config, folder.path, rows)
+    if console is not None:
+        for remark in new_tokens.remarks:
+            console.print(remark, markup=False, highlight=False)
+    if new_tokens.vocabulary > rows:
+        set_vocabulary(model, new_tokens.vocabulary)
+    adapter = make_peft_config(model, config.lora, base, model.towers.names, new_tokens.ids)
+    attach_adapter(model, adapter, vocabulary=new_tokens.vocabulary)
     check_attached_targets(model, targets, base)
     check_adapter_numel(model, targets, config.lora)
     if model.towers.paths or needs_peft_conversion(adapter, model.config.model_type):
         plain = whole_model_on_meta(folder, torch.float32)
+        if new_tokens.vocabulary > rows:
+            plain.resize_token_embeddings(new_tokens.vocabulary, mean_resizing=False)
         check_peft_roundtrip(plain, config_to_save(adapter), shapes_to_save(model), base)
     return folder, model, adapter
 
@@ -227,6 +247,6 @@ def check_token_ids(folder: ModelFolder, model: LossModel, sources: Sequence[Pre
     largest = max(source.stats.largest_token for source in sources)
     if largest >= size:
         raise UserError(
-            f"{folder.path}: the data's tokens go up to number {largest:,} and the embedding has {size:,} rows; resize "
-            "it (resize_token_embeddings of transformers), save the model and quantize it again"
+            f"{folder.path}: the data's tokens go up to number {largest:,} and the embedding has {size:,} rows; name "
+            "the tokenizer's tokens beyond them in model.add_tokens, which adds rows"
         )

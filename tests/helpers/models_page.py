@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import transformers
 
 _ROOT = Path(__file__).resolve().parents[2]
 MODEL_TABLE = _ROOT / "tests" / "model" / "model_sweep.json"
@@ -37,10 +40,17 @@ def read_model_table() -> dict[str, dict[str, dict[str, Any]]]:
     return json.loads(MODEL_TABLE.read_text())
 
 
+def write_model_table(table: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """Write the outcomes with a line for each type."""
+    tasks = []
+    for task, entries in table.items():
+        lines = [f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in entries.items()]
+        tasks.append(f" {json.dumps(task)}: {{\n" + ",\n".join(lines) + "\n }")
+    MODEL_TABLE.write_text("{\n" + ",\n".join(tasks) + "\n}\n")
+
+
 def models_page() -> str:
     """Return the page in Markdown."""
-    import transformers
-
     table = read_model_table()
     sections = [_INTRODUCTION.format(version=transformers.__version__)]
     for task, title in (("causal", "Causal language models"), ("image-text-to-text", "Multimodal models")):
@@ -49,7 +59,7 @@ def models_page() -> str:
         sections.append(f"## {title}\n\n{len(works)} of {len(table[task])} types can be trained.\n")
         if works:
             sections.append(_works_rows(works))
-        sections.append("The others are refused before anything is written:\n")
+        sections.append("The others are refused with a message:\n")
         sections.append(_refused_rows(refused))
     return "\n".join(sections)
 
@@ -64,8 +74,14 @@ def _works_rows(entries: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _refused_rows(entries: Mapping[str, Mapping[str, Any]]) -> str:
-    rows = ["| type | message |", "| --- | --- |"]
-    rows += [f"| `{name}` | {entry['refused'].replace('|', '/')} |" for name, entry in entries.items()]
+    """Return a row for each message, with `...` for the type."""
+    types: dict[str, list[str]] = {}
+    for name, entry in entries.items():
+        message = re.sub(rf"type {re.escape(name)}\b", "type ...", entry["refused"])
+        message = message.replace("`", "'").replace("|", "/")
+        types.setdefault(message, []).append(f"`{name}`")
+    rows = ["| types | message |", "| --- | --- |"]
+    rows += [f"| {', '.join(names)} | `{message}` |" for message, names in types.items()]
     return "\n".join(rows) + "\n"
 
 

@@ -251,7 +251,7 @@ def publish_float_folder(source: Path, out: Path, name: str) -> Mapping[str, tor
     made = FLOAT_FORMATS[name]()
     tensors, values = {}, {}
     for key, weight in safetensors.torch.load_file(source / "model.safetensors").items():
-        if not key.endswith("_proj.weight") or weight.ndim != 2:
+        if "_proj" not in key or weight.ndim != 2:
             tensors[key] = weight
             continue
         parts = made.quantize(weight)

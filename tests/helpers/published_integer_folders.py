@@ -250,7 +250,7 @@ def publish_folder(source: Path, out: Path, name: str, part: str = "", **changes
     made = INTEGER_FORMATS[name]()
     tensors, values = {}, {}
     for key, weight in safetensors.torch.load_file(source / "model.safetensors").items():
-        if not key.endswith("_proj.weight") or part not in key:
+        if "_proj" not in key or weight.ndim != 2 or part not in key:
             tensors[key] = weight
             continue
         parts = made.quantize(weight)

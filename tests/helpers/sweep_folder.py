@@ -90,6 +90,3 @@ def _randomize(model: torch.nn.Module) -> None:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.12)
                 elif name.endswith(("bias", "sinks")):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
-                module.weight[module.padding_idx] = 0.0  # some classes of transformers set it to zero on loading

@@ -11,11 +11,14 @@ _IMAGE_VOCABULARY = {"<image>": 3, "<|extra_200|>": 4}
 _SMALL_VQ = {"base_channels": 32, "channel_multiplier": [1, 1]}
 _LINEAR = {"linear_head_dim": 16, "linear_num_heads": 4}
 
+_TEXT_ROPE = {"text_config": {"rope_parameters": MULTIMODAL_ROPE}}
+
 MULTIMODAL_OVERRIDES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("glm46v", "glm4v", "glm_ocr", "glmga", "hunyuan_vl", "paddleocr_vl"), _TEXT_ROPE),
+    **dict.fromkeys(("cosmos3_edge", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker"), _TEXT_ROPE),
     "chameleon": {"vocabulary_map": _IMAGE_VOCABULARY, "vq_config": _SMALL_VQ},
     "cohere2_vision": {"alignment_intermediate_size": 64},
     "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": MULTIMODAL_ROPE}}},
-    "cosmos3_edge": {"text_config": {"rope_parameters": MULTIMODAL_ROPE}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse", "sparse"]}},
     "dots3_note": {
         "text_config": DOTS3_NOTE,
@@ -37,6 +40,7 @@ MULTIMODAL_OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config": {"qk_rope_head_dim": 0, **_LINEAR},
         "vision_config": {"projection_intermediate_size": 64},
     },
+    "glm4v_moe": {"text_config": {"rope_parameters": {**MULTIMODAL_ROPE, "mrope_section": [1, 1, 2]}}},
     "granite4_vision": {
         "deepstack_layer_map": [[0, 0]],
         "downsample_rate": "1/2",
@@ -64,6 +68,7 @@ MULTIMODAL_OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config": {"moe_hidden_size": 64},
         "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [16] * 4, "out_hidden_size": 64},
     },
+    "step3p7": {"text_config": {"sliding_window": 24}},
     "nemotron_h_omni": {
         "audio_config": None,
         "projector_hidden_size": 64,

@@ -114,6 +114,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "pronunciation_vocab_size": 50,
         "pronunciation_embed_dim": 16,
     },
+    "youtu": {"pad_token_id": None},  # transformers sets the padding token's row to zero on loading
     "zamba": {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1},
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},

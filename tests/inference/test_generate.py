@@ -103,10 +103,10 @@ def logits(adapter: str, prompts: list[list[int]]) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["GPT2", "Gemma2", "GptOss"])
+@pytest.mark.parametrize("name", ["GPT2", "Gemma2", "GptOss", "Mamba"])
 def test_left_padding_changes_no_token(name: str, tmp_path: Path) -> None:
-    """A batch equals single prompts in transformers with learned positions, a soft cap with windows, and sinks."""
-    source = make_architecture(tmp_path / "source", name)
+    """A batch equals single prompts with learned positions, a soft cap with windows, sinks, and a state space."""
+    source = make_architecture(tmp_path / "source", name, **({"tie_word_embeddings": True} if name == "Mamba" else {}))
     quantized = quantize_folder(source, tmp_path / "nf4", QuantizeOptions(min_share=0.2)).out
     prompts, plain, expected = [list(range(3, 43)), *PROMPTS[:2]], dequantized_model(source, quantized).eval(), []
     for prompt in prompts:

@@ -1,4 +1,4 @@
-"""If this fails, an adapter is merged into other weights than those of the published format that it was trained on."""
+"""If this fails, an adapter is merged into other weights than the ones that it was trained on."""
 
 from __future__ import annotations
 

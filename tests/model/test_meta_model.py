@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_dist.adapters.attach import attach_adapter, make_peft_config
 from qlora_dist.config.sections import LoraConfig, ModelConfig
 from qlora_dist.errors import UserError
+from qlora_dist.formats.fp8 import Fp8Layout
 from qlora_dist.layers.embedding import QuantizedEmbedding, QuantizedVocabMixin
 from qlora_dist.layers.experts import QuantizedExperts
 from qlora_dist.layers.linear import QuantizedLinear
@@ -23,6 +24,8 @@ from qlora_dist.model.meta_model import LossModel, build_meta_model, get_decoder
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.nf4.quantize import dequantize_weight, quantize_weight
 from tests.helpers.architectures import make_architecture
+from tests.helpers.published_folders import publish_float_folder
+from tests.helpers.tiny_models import make_model
 
 NAMES = ["Llama", "Qwen2", "GPT2", "Gemma2", "Bloom", "Mixtral", "GptOss"]
 
@@ -143,10 +146,17 @@ def test_decoder_layers(name: str, path: str, tmp_path: Path) -> None:
     assert get_decoder_layers(model) is model.get_submodule(path)
 
 
+def test_decoder_layers_that_hold_lists() -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.LongcatFlashConfig(num_layers=1))
+    assert len(model.model.layers[0].self_attn) == model.config.num_hidden_layers
+    assert get_decoder_layers(model) is model.model.layers
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vision_config": {}}, "describes a multimodal model; give a causal language model of text only"),
+        ({"vision_config": {}}, "a model of type llama has no language model apart from its images or sounds"),
         ({"model_type": "of-tomorrow"}, "cannot build a causal language model from it"),
         ({"vocab_size": 321}, r"has the shape \(320, 64\) and config.json asks for \(321, 64\)"),
         ({"num_hidden_layers": 4}, r"the weight model\.layers\.3\..* is missing; get the folder anew"),
@@ -159,3 +169,15 @@ def test_a_wrong_configuration_is_refused(changes: dict[str, Any], message: str,
     with pytest.raises(UserError, match=message) as error:
         build(folder)
     assert "\n" not in str(error.value)
+
+
+def test_a_kept_format_needs_one_and_leaves_the_choice_of_embeddings(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "source", "Qwen3")
+    publish_float_folder(source, tmp_path / "fp8", "fp8")
+    config = ModelConfig(base=str(tmp_path / "fp8"), keep_format=True, embeddings="4bit")
+    model = build_meta_model(ModelFolder(tmp_path / "fp8"), config)
+    assert isinstance(model.get_input_embeddings(), QuantizedEmbedding)
+    layer = model.get_submodule("model.layers.0.mlp.up_proj")
+    assert isinstance(layer, QuantizedLinear) and isinstance(layer.layout, Fp8Layout)
+    with pytest.raises(UserError, match="is in 16 bit, not in a published format such as FP8"):
+        build_meta_model(ModelFolder(source), config)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from transformers.models.auto import modeling_auto
 
 from tests.helpers.model_sweep import sweep_models
-from tests.helpers.models_page import MODEL_TABLE, PAGE, models_page, read_model_table
+from tests.helpers.models_page import PAGE, models_page, read_model_table, write_model_table
 
 TYPES = {
     "causal": sorted(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -24,7 +23,7 @@ SELECTION = [
     ("causal", ("llama", "qwen3_next", "bloom", "granitemoehybrid", "rwkv")),
     ("causal", ("gpt_oss", "gemma3_text", "nemotron_h", "jetmoe", "bert")),
     ("causal", ("deepseek_v3", "gpt2", "falcon_h1", "bart", "zamba2")),
-    ("image-text-to-text", ("gemma3", "qwen3_vl_moe", "llama4", "mistral3", "qwen3_5")),
+    ("image-text-to-text", ("gemma4", "qwen3_vl_moe", "llama4", "mistral3", "kosmos-2.5")),
 ]
 """Types of every kind, which are tried in every run of the tests."""
 GROUPS = 6
@@ -73,7 +72,7 @@ def write_table() -> None:
     for task, names in TYPES.items():
         with tempfile.TemporaryDirectory() as folder:
             table[task] = sweep_models(names, task, Path(folder))
-    MODEL_TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    write_model_table(table)
     PAGE.write_text(models_page())
 
 

@@ -68,8 +68,8 @@ def test_quantize_leaves_the_towers_as_they_are(name: str, tmp_path: Path) -> No
     assert {*quantization["llm_int8_skip_modules"]} >= {*TOWERS[name], "lm_head"}
     console = Console(record=True, width=200)
     print_quantize_report(report, console)
-    line = f"copied, because only text is trained: {', '.join(report.towers)} ({report.counts.towers:,})"
-    assert sorted(report.towers) == TOWERS[name] and line in console.export_text()
+    line = f"copied, because only text is trained: {', '.join(report.plan.towers)} ({report.counts.towers:,})"
+    assert sorted(report.plan.towers) == TOWERS[name] and line in console.export_text()
 
 
 def test_transformers_opens_the_4_bit_folder(tmp_path: Path) -> None:

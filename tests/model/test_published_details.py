@@ -38,6 +38,8 @@ TYPES: dict[str, dict[str, Any]] = {
     "gpt_oss": {"num_experts_per_tok": 2, "num_local_experts": 4, "head_dim": 16},
     "deepseek_v3": architectures.ARCHITECTURES["DeepseekV3"] | {"head_dim": 8},
     "glm4_moe": architectures.ARCHITECTURES["DeepseekV3"] | {"n_group": 1, "head_dim": 16},
+    "mamba2": {"num_heads": 4, "head_dim": 32, "n_groups": 1, "expand": 2, "state_size": 16},
+    "minimax": {"layer_types": ["linear_attention", "full_attention"]},
     "qwen3_5_text": {
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
@@ -225,6 +227,23 @@ def check_quantized(source: Path, folder: Path, tmp_path: Path, words: str) -> N
     actual = logits(load(report.out))
     assert torch.equal(actual, logits(load(expected.out)))
     assert torch.equal(actual, logits(load(folder)))  # quantized while it is loaded
+
+
+def test_the_report_names_layers_without_an_adapter(make_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    print_quantize_report(quantize_folder(make_folder("mamba2"), tmp_path / "nf4", QuantizeOptions()), console)
+    assert (
+        "because the model's code reads the weight itself: backbone.layers.*.mixer.out_proj" in console.file.getvalue()
+    )
+
+
+def test_buffers_are_no_parameters(make_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """MiniMax saves the decay of its linear attention for each pair of positions in a block."""
+    source = make_folder("minimax")
+    counts = quantize_folder(source, tmp_path / "nf4", QuantizeOptions()).counts
+    plain = transformers.AutoModelForCausalLM.from_pretrained(source)
+    assert counts.parameters == sum(parameter.numel() for parameter in plain.parameters())
+    assert counts.unused == 0
 
 
 def test_parts_without_an_index(make_folder: Callable[[str], Path], tmp_path: Path) -> None:

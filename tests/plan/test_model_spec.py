@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,10 @@ import torch
 
 from qlora_dist.config.schema import Config
 from qlora_dist.plan.model_spec import make_model_spec
+from qlora_dist.plan.run_spec import make_run_spec
 from qlora_dist.train.run_setup import set_up_model
 from tests.helpers.architectures import make_architecture
+from tests.helpers.planned_parameters import compare_parameters
 
 # settings of config.json and of LoRA that change parameters, for each supported architecture
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -42,8 +43,17 @@ def test_shapes_equal_the_trained_models(
     )
     _, model, _ = set_up_model(config)
     planned = make_model_spec(json.loads((folder / "config.json").read_text()), config.lora)
-
-    expected = Counter((p.shape, p.trained, p.is_quantized) for unit in planned.units for p in unit.parameters)
-    actual = Counter((tuple(p.shape), p.requires_grad, p.dtype == torch.uint8) for p in model.parameters())
-    assert expected == actual
+    compare_parameters(planned, model)
     assert planned.buffer_bytes == sum(buffer.nbytes for buffer in model.buffers())
+
+
+@pytest.mark.parametrize("modules_to_save", [[], ["lm_head"], ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_tokens(tied: bool, modules_to_save: list[str], tmp_path: Path) -> None:
+    folder = make_architecture(tmp_path, "Llama", torch.bfloat16, vocab_size=305, tie_word_embeddings=tied)
+    lora = {"modules_to_save": ["embed_tokens"] if tied and modules_to_save else modules_to_save}
+    config = Config.model_validate(
+        {"model": {"base": str(folder), "add_tokens": ["<a>", "<b>"]}, "lora": lora, "data": {"train": ["none"]}}
+    )
+    _, model, _ = set_up_model(config)
+    compare_parameters(make_run_spec(config, json.loads((folder / "config.json").read_text()), 1).model, model)

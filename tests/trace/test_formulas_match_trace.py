@@ -31,6 +31,7 @@ CASES: list[tuple[str, int, int, dict[str, dict[str, Any]]]] = [
         },
     ),
     ("smollm2-135m", 1, 1, {"train": {"checkpointing": "none", "micro_batch": 2}}),
+    ("llama-3.2-1b", 4, 1, {"model": {"add_tokens": [f"<{n}>" for n in range(64)]}, "parallel": {"base": "world"}}),
     # soft-capped attention without checkpointing: a layer's backward is the peak
     (
         "gemma-2-2b",
