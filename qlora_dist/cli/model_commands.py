@@ -14,7 +14,9 @@ model_app = typer.Typer()
 
 @model_app.command()
 def quantize(
-    source: Annotated[Path, typer.Argument(help="Folder of a Hugging Face model that is not in 4 bit.", metavar="SRC")],
+    source: Annotated[
+        Path, typer.Argument(help="Folder of a Hugging Face model that is not in 4 bit, or a GGUF file.", metavar="SRC")
+    ],
     out: Annotated[Path, typer.Argument(help="Folder to create.", metavar="OUT")],
     quant_type: Annotated[str, typer.Option(help="nf4 or fp4.")] = "nf4",
     block_size: Annotated[int, typer.Option(help="Weights per absmax.")] = 64,

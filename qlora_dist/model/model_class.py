@@ -54,7 +54,7 @@ def whole_model_on_meta(
         UserError: transformers has no such class.
     """
     try:
-        config = load_model_config(folder.path)
+        config = load_model_config(folder.config_folder)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # it would make transformers quantize the model
         if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:

@@ -13,6 +13,7 @@ from qlora_dist.errors import UserError
 from qlora_dist.formats.find_published import find_published_weights
 from qlora_dist.formats.published_entry import PublishedWeightEntry
 from qlora_dist.formats.unquantized import unquantized_weight
+from qlora_dist.io.gguf_file import find_gguf
 from qlora_dist.io.read_ahead import read_chunks
 from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry, read_safetensors_header
 from qlora_dist.layers.dequantize import WeightLayout
@@ -27,6 +28,9 @@ class ModelFolder:
     """Configuration and tensors of a folder, with quantized weights apart from the other tensors.
 
     Attributes:
+        path: the folder, or a GGUF file.
+        config_folder: folder of config.json and of the tokenizer, which is `path` unless the weights are in a GGUF
+            file.
         config: content of config.json.
         entries: tensors that are not part of a quantized weight, by name.
         quantized: 4-bit weights of bitsandbytes, by name.
@@ -37,20 +41,32 @@ class ModelFolder:
         UserError: the folder is damaged or incomplete, or its weights are of a kind that is not supported.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, config_folder: Path | None = None) -> None:
         self.path = Path(path)
-        if not self.path.is_dir():
+        self.config_folder = config_folder or self.path
+        if config_folder is None and (gguf := find_gguf(self.path)) is not None:
+            raise UserError(
+                f"{self.path}: {gguf.name} is a GGUF file, which only `qlora-dist quantize` reads; quantize it, and "
+                "give the folder that it writes"
+            )
+        if not self.config_folder.is_dir():
             raise UserError(f"{self.path}: no such folder; give the folder of a Hugging Face model")
-        self.config = read_model_json(self.path / "config.json")
+        self.config = read_model_json(self.config_folder / "config.json")
         self._equal: dict[tuple[str, str], bool] = {}
-        entries = self._read_entries()
-        with SafetensorsReader() as reader:
-            self.quantized: dict[str, QuantizedWeightEntry] = find_quantized_weights(entries, reader)
-        self.entries: dict[str, TensorEntry] = {
-            name: entry for name, entry in entries.items() if not is_part_of_quantized(name, self.quantized)
-        }
+        self.entries: dict[str, TensorEntry] = {}
+        self.quantized: dict[str, QuantizedWeightEntry] = {}
         self.published: dict[str, PublishedWeightEntry] = {}
         self.published_tensors: dict[str, TensorEntry] = {}
+        self._find_tensors()
+
+    def _find_tensors(self) -> None:
+        """Find the tensors and sort them by kind."""
+        entries = self._read_entries()
+        with SafetensorsReader() as reader:
+            self.quantized = find_quantized_weights(entries, reader)
+        self.entries = {
+            name: entry for name, entry in entries.items() if not is_part_of_quantized(name, self.quantized)
+        }
         quantization_config = self.config.get("quantization_config")
         if quantization_config and not self.quantized:
             found = find_published_weights(self.entries, quantization_config, self._dtype())

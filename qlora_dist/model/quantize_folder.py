@@ -16,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from qlora_dist.errors import UserError
 from qlora_dist.io.read_ahead import ReadAhead, ReadProgress, ReadRequest, read_chunks
 from qlora_dist.io.safetensors_file import SafetensorsReader, SafetensorsWriter, specs_bytes
+from qlora_dist.model.gguf_folder import open_model
 from qlora_dist.model.model_folder import ModelFolder, read_model_json
 from qlora_dist.model.quantize_plan import ParameterCounts, QuantizeOptions, QuantizePlan, make_quantize_plan
 from qlora_dist.model.save_model_folder import finish_model_folder, split_into_files, untie_head
@@ -48,6 +49,8 @@ def quantize_folder(
 ) -> QuantizeReport:
     """Quantize every linear layer but the output head, including experts, into bitsandbytes' serialized format.
 
+    `source` is a model folder, a GGUF file, or a folder that holds one.
+
     With `options.embeddings` the input embedding and the output head are quantized too, once if they are tied.
 
     Each expert's matrix has its own scales. If a checkpoint keeps all experts in one tensor, the matrix of expert 3 is
@@ -61,7 +64,12 @@ def quantize_folder(
         UserError: `source` cannot be quantized, or `out` exists.
     """
     console = console or Console(quiet=True)
-    folder = ModelFolder(source)
+    with open_model(source) as folder:
+        return _quantize_opened(folder, out, options, console)
+
+
+def _quantize_opened(folder: ModelFolder, out: Path, options: QuantizeOptions, console: Console) -> QuantizeReport:
+    source = folder.path
     if folder.is_quantized:
         raise UserError(f"{source}: is in 4 bit already; use it as model.base")
     if out.exists():
@@ -218,7 +226,7 @@ def _write_config_and_index(
     partial: Path, out: Path, folder: ModelFolder, plan: QuantizePlan, options: QuantizeOptions
 ) -> None:
     """Write index, config.json and tokenizer, and rename the folder."""
-    config = read_model_json(folder.path / "config.json")
+    config = read_model_json(folder.config_folder / "config.json")
     config["quantization_config"] = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -232,4 +240,4 @@ def _write_config_and_index(
     if plan.unties_head:
         untie_head(config)
     (partial / _PLAN_FILE).unlink()
-    finish_model_folder(partial, out, folder.path, config)
+    finish_model_folder(partial, out, folder.config_folder, config)

@@ -196,7 +196,7 @@ def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> Quantiz
     used = {key for source in sources.values() for key in source.keys}
     in_towers = {key for key, name in targets.items() if key not in used and towers.holds(name)}
     buffers = {key for name, _ in model.named_buffers() if name in sources for key in sources[name].keys}
-    published = load_model_config(folder.path)
+    published = load_model_config(folder.config_folder)
     ties, tied = (
         [getattr(part, "tie_word_embeddings", False) for part in (config, config.get_text_config())]
         for config in (published, model.config)

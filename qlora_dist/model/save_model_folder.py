@@ -12,8 +12,8 @@ from qlora_dist.io.safetensors_file import read_safetensors_header
 
 _Key = TypeVar("_Key")
 
-# files that a model needs besides its weights; no weights, and no code
-_COPIED_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README*")
+COPIED_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README*")
+"""Names of the files that a model needs besides its weights; no weights, and no code."""
 
 
 def split_into_files(sizes: Mapping[_Key, int], file_bytes: int) -> list[list[_Key]]:
@@ -52,7 +52,7 @@ def finish_model_folder(
     The weights are model-*.safetensors. Other files in `partial` are kept. Files of `source`, the folder from which the
     weights were made, are not copied if they match `replaced`.
     """
-    for pattern in _COPIED_PATTERNS:
+    for pattern in COPIED_PATTERNS:
         for path in source.glob(pattern):
             unwanted = path.name.endswith(".index.json") or any(path.match(name) for name in replaced)
             if not unwanted and not (partial / path.name).exists():
