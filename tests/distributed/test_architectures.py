@@ -91,5 +91,5 @@ def test_experts_of_which_only_some_are_in_4_bit(tmp_path: Path) -> None:
     save_file(tensors, path)
     index = {"weight_map": dict.fromkeys(tensors, path.name)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"experts\.2\.w1\.weight is not in 4 bit and others of its layer are"):
+    with pytest.raises(UserError, match=r"experts\.2\.w1\.weight is not quantized and others of its layer are"):
         build_meta_model(ModelFolder(folder), ModelConfig(base=str(folder)))

@@ -161,8 +161,8 @@ def test_the_first_reason_to_stop_is_reported() -> None:
 
 
 def test_adapters_of_another_size_are_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    def attach_too_large(model: Any, adapter: Any) -> None:
-        attach_adapter(model, adapter.__class__(**adapter.to_dict() | {"r": 5}))
+    def attach_too_large(model: Any, adapter: Any, **options: Any) -> None:
+        attach_adapter(model, adapter.__class__(**adapter.to_dict() | {"r": 5}), **options)
 
     set_up_model(config)
     monkeypatch.setattr(run_setup, "attach_adapter", attach_too_large)
