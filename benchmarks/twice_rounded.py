@@ -3,7 +3,7 @@
     python benchmarks/twice_rounded.py [--dir work/twice-rounded]
 
 Every linear layer of SmolLM2-135M is rounded to FP8 (blocks of 128 x 128), MXFP4 (blocks of 32) and INT4 (symmetric,
-groups of 32), as their makers round. The result is rounded to NF4 with double quantization. An error is the norm of the
+groups of 32). The result is rounded to NF4 with double quantization. An error is the norm of the
 difference from the bf16 weights, relative to their norm, over all layers together.
 """
 
