@@ -70,7 +70,6 @@ def unpack_smollm2(folder: Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not a complete model folder; delete it or name another")
     gguf = find_gguf()
-    _require_gguf_reader()
     with _atomic_folder(folder) as temporary, _cached_gguf_reader():
         _write_tokenizer(gguf, temporary)
         _write_model(gguf, temporary)
@@ -120,13 +119,6 @@ def _write_model(gguf: Path, folder: Path) -> None:
     if hasattr(config, "quantization_config"):  # would make the folder of plain bf16 weights unreadable
         del config.quantization_config
     model.save_pretrained(folder)
-
-
-def _require_gguf_reader() -> None:
-    try:
-        importlib.metadata.version("gguf")
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError("the package gguf, which reads the model file, is not installed; pip install gguf") from None
 
 
 @contextmanager

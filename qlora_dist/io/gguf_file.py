@@ -26,7 +26,7 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 """Codes of `struct` for the types of values in the metadata. Types 8 and 9 are strings and arrays."""
 _STRING, _ARRAY = 8, 9
 _SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.gguf")
-_ALIGNMENT = 32  # unless `general.alignment` gives another
+_DEFAULT_ALIGNMENT = 32  # unless `general.alignment` gives another
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ def _read_header(data: mmap.mmap) -> tuple[dict[str, Any], list[tuple[str, tuple
         (dimensions,) = cursor.read("I")
         *sizes, ggml_type, offset = cursor.read(f"{dimensions}QIQ")
         table.append((name, tuple(reversed(sizes)), ggml_type, offset))  # ggml names the fastest dimension first
-    alignment = int(metadata.get("general.alignment", _ALIGNMENT))
+    alignment = int(metadata.get("general.alignment", _DEFAULT_ALIGNMENT))
     return metadata, table, -(-cursor.position // alignment) * alignment
 
 

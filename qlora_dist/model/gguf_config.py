@@ -157,4 +157,5 @@ def llama3_factors(parameters: Mapping[str, Any], head_dim: int) -> torch.Tensor
     rotations = parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high, factor = parameters["low_freq_factor"], parameters["high_freq_factor"], parameters["factor"]
     smooth = ((rotations - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).float()
+    divisors: torch.Tensor = 1 / ((1 - smooth) / factor + smooth)
+    return divisors.float()

@@ -18,7 +18,7 @@ from qlora_dist.model.gguf_tokenizer import save_gguf_tokenizer
 from qlora_dist.model.model_folder import ModelFolder, read_model_json
 from qlora_dist.model.save_model_folder import COPIED_PATTERNS
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+_TOKENIZER_MODELS = ("tokenizer.json", "tokenizer.model")
 
 
 class GgufFolder(ModelFolder):
@@ -98,6 +98,6 @@ def open_model(source: Path) -> Iterator[ModelFolder]:
         else:
             config = make_gguf_config(header, path)
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        if not any((folder / name).exists() for name in _TOKENIZER_MODELS):
             save_gguf_tokenizer(path, header, folder)
         yield GgufFolder(source, header, folder)

@@ -46,7 +46,7 @@ class ModelFolder:
         self.config_folder = config_folder or self.path
         if config_folder is None and (gguf := find_gguf(self.path)) is not None:
             raise UserError(
-                f"{self.path}: {gguf.name} is a GGUF file, which only `qlora-dist quantize` reads; quantize it, and "
+                f"{self.path}: {gguf.name} is a GGUF file, which only the command quantize reads; quantize it, and "
                 "give the folder that it writes"
             )
         if not self.config_folder.is_dir():
