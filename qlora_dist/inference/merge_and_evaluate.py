@@ -28,8 +28,8 @@ def merge_and_evaluate(
     """Merge, and measure the held-out loss of the merged model and of what it is made of.
 
     The 4-bit base is measured with and without the adapter, and so is a 16-bit base if one is given. A base whose
-    published format the run kept is measured as it is. One model at a time is in memory, on the device that `train` would take. The merged model is measured last, so that a mistake in
-    the data is found before anything is written.
+    published format the run kept is measured as it is. One model at a time is in memory, on the device that `train`
+    would take. The merged model is measured last, so that a mistake in the data is found before anything is written.
 
     Without `base`, the adapter names it. The held-out file `data` is read as the adapter's run read its own.
     """
