@@ -82,6 +82,13 @@ def _quantize_opened(folder: ModelFolder, out: Path, options: QuantizeOptions, c
             f"{source}: only {share:.1f} % of the parameters outside unquantized embeddings and output head would be "
             f"in 4 bit (the largest others: {largest}); to accept that, set --min-share {int(share) / 100}"
         )
+    if plan.adapter_problem is not None:
+        console.print(
+            f"train refuses the default lora.targets of this model: {plan.adapter_problem}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     partial = out.with_name(out.name + ".partial")
     started = time.perf_counter()
     try:

@@ -18,6 +18,7 @@ from qlora_dist.compat.transformers import load_model_config
 from qlora_dist.config.sections import ModelConfig
 from qlora_dist.errors import UserError
 from qlora_dist.layers.embedding import check_vocab_class
+from qlora_dist.model.adapter_check import find_adapter_problem
 from qlora_dist.model.buffers import check_meta_buffers
 from qlora_dist.model.logit_scale import measure_logit_scale
 from qlora_dist.model.meta_model import build_meta_model
@@ -138,6 +139,8 @@ class QuantizePlan:
     """Parts of a multimodal class besides its language model, whose tensors are copied."""
     unused: tuple[str, ...] = ()
     """The outermost modules whose tensors transformers does not load."""
+    adapter_problem: str | None = None
+    """Sentence with which `train` refuses the default `lora.targets`; None if it does not."""
     without_adapter: tuple[str, ...] = ()
     """Quantized layers whose weight the model's code reads itself, so that they get no adapter."""
     unties_head: bool = False
@@ -180,7 +183,8 @@ def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> Quantiz
         double_quant=options.double_quant,
         embeddings="4bit" if options.embeddings else "16bit",
     )
-    check_meta_buffers(build_meta_model(folder, model_config))  # both refuse now what training would refuse
+    trained_model = build_meta_model(folder, model_config)
+    check_meta_buffers(trained_model)  # both refuse now what training would refuse
     head = model.get_output_embeddings()
     outside, head_name = set(), ""
     for path, module in model.named_modules():
@@ -210,6 +214,7 @@ def make_quantize_plan(folder: ModelFolder, options: QuantizeOptions) -> Quantiz
         towers=towers.paths,
         unused=_outermost_unused(weights, used | in_towers),
         without_adapter=tuple(sorted(without_adapter)),
+        adapter_problem=find_adapter_problem(trained_model, folder),
         unties_head=ties != tied,
         loads_in_transformers=loads_in_transformers,
     )

@@ -39,6 +39,7 @@ from qlora_dist.nf4.quantize import dequantize_weight, quantize_weight
 from tests.helpers import tiny_models
 from tests.helpers.architectures import make_architecture
 from tests.helpers.ranks import run_ranks
+from tests.helpers.sweep_folder import SweepFolder
 
 ONE_FILE_PER_TENSOR = QuantizeOptions(file_bytes=1)
 
@@ -520,3 +521,11 @@ def test_the_report_says_that_plain_transformers_does_not_load_the_folder(tmp_pa
         report = quantize_folder(source, tmp_path / f"{name}-nf4", QuantizeOptions())
         print_quantize_report(report, console)
     assert console.file.getvalue().count("plain transformers does not load this folder") == 2
+
+
+def test_an_adapter_that_peft_cannot_read_is_announced_before_anything_is_written(tmp_path: Path) -> None:
+    source = SweepFolder(tmp_path, "causal").make_source("laguna")
+    console = Console(record=True, width=400, file=io.StringIO())
+    quantize_folder(source, tmp_path / "nf4", QuantizeOptions(min_share=0.0), console)
+    expected = "train refuses the default lora.targets of this model: lora: PEFT would read other tensors"
+    assert console.export_text().startswith(expected)
