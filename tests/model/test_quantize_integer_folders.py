@@ -54,7 +54,7 @@ def test_codes_without_a_configuration_are_refused(tmp_path):
     config = json.loads((tmp_path / "published" / "config.json").read_text())
     del config["quantization_config"]
     (tmp_path / "published" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="q_proj.weight is int8, which quantization_config in config.json does not"):
+    with pytest.raises(UserError, match=r"q_proj.weight is int8, which quantization_config in config.json does not"):
         quantize_folder(tmp_path / "published", tmp_path / "out", QuantizeOptions())
     assert not (tmp_path / "out").exists()
 
@@ -68,6 +68,6 @@ def test_a_missing_expert_is_refused(tmp_path):
         name = f"model.layers.1.mlp.experts.gate_up_proj_{end}"
         tensors[name] = tensors[name][:3].contiguous()
     safetensors.torch.save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(UserError, match="is one of 3 matrices, which 4 experts in config.json cannot share"):
+    with pytest.raises(UserError, match=r"is one of 3 matrices, which 4 experts in config.json cannot share"):
         quantize_folder(tmp_path / "mxfp4", tmp_path / "out", QuantizeOptions())
     assert not (tmp_path / "out").exists()
