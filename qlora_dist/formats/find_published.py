@@ -42,6 +42,8 @@ def find_published_weights(
     Raises:
         UserError: the format is not supported, or tensors of a weight are missing or have other shapes.
     """
+    if not isinstance(quantization_config, Mapping):
+        raise _damaged_config_error(entries, "quantization_config is no JSON object")
     method = str(quantization_config.get("quant_method"))
     finder = _FINDERS.get(method)
     if finder is None:
@@ -51,7 +53,10 @@ def find_published_weights(
 
 def _find_compressed(entries: Mapping[str, TensorEntry], config: Mapping[str, Any], dtype: str) -> PublishedWeights:
     """Find the weights of compressed-tensors. Groups of one folder may have several formats."""
-    if (config.get("transform_config") or {}).get("config_groups"):
+    transforms = config.get("transform_config") or {}
+    if not isinstance(transforms, Mapping):
+        raise _damaged_config_error(entries, "quantization_config.transform_config is no JSON object")
+    if transforms.get("config_groups"):
         raise _unsupported_error(entries, "is quantized with compressed-tensors after a rotation of its weights")
     integers = find_compressed_integers(entries, config, dtype)
     floats = find_compressed_floats(entries, config, dtype)
@@ -85,6 +90,10 @@ def _check_complete(entries: Mapping[str, TensorEntry], found: PublishedWeights)
 def _unsupported_error(entries: Mapping[str, TensorEntry], what: str) -> UserError:
     folder = next(iter(entries.values())).path.parent
     return UserError(f"{folder}: {what}, which is not supported; give a copy of the model in 16 bit")
+
+
+def _damaged_config_error(entries: Mapping[str, TensorEntry], what: str) -> UserError:
+    return UserError(f"{next(iter(entries.values())).path.parent / 'config.json'}: {what}; get the file anew")
 
 
 _FINDERS: dict[str, Callable[[Mapping[str, TensorEntry], Mapping[str, Any], str], PublishedWeights]] = {

@@ -116,10 +116,16 @@ def find_fp8_weights(entries: Mapping[str, TensorEntry], config: Mapping[str, An
     int8 are FP4, as in the experts of DeepSeek-V4.
 
     Raises:
-        UserError: the scales of a weight are missing or have an unsupported type or shape.
+        UserError: `weight_block_size` is damaged, or the scales of a weight are missing or have an unsupported type
+            or shape.
     """
     method = config.get("quant_method")
     block = config.get("weight_block_size", (1, 32) if method == "mxfp8" else (128, 128))
+    if block and not _is_block(block):
+        path = next(iter(entries.values())).path.parent / "config.json"
+        raise UserError(
+            f"{path}: quantization_config.weight_block_size is not two whole numbers above 0; get the file anew"
+        )
     weights: dict[str, PublishedWeightEntry] = {}
     tensors = {name for name in entries if name.endswith(INPUT_SCALES)}
     for name, entry in entries.items():
@@ -139,6 +145,10 @@ def find_fp8_weights(entries: Mapping[str, TensorEntry], config: Mapping[str, An
             weights |= make_fp8(name, entry, scale_name, scale, block, dtype)
     _check_scales_used(entries, tensors)
     return PublishedWeights(weights=weights, tensors=frozenset(tensors))
+
+
+def _is_block(block: object) -> bool:
+    return isinstance(block, list | tuple) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
 
 
 def find_scale_name(entries: Mapping[str, TensorEntry], name: str) -> str:

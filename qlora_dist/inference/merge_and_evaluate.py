@@ -27,9 +27,9 @@ def merge_and_evaluate(
 ) -> tuple[MergeReport, LossByModel]:
     """Merge, and measure the held-out loss of the merged model and of what it is made of.
 
-    The 4-bit base is measured with and without the adapter, and so is a 16-bit base if one is given. One model at a
-    time is in memory, on the device that `train` would take. The merged model is measured last, so that a mistake in
-    the data is found before anything is written.
+    The 4-bit base is measured with and without the adapter, and so is a 16-bit base if one is given. A base whose
+    published format the run kept is measured as it is. One model at a time is in memory, on the device that `train`
+    would take. The merged model is measured last, so that a mistake in the data is found before anything is written.
 
     Without `base`, the adapter names it. The held-out file `data` is read as the adapter's run read its own.
     """
@@ -44,15 +44,18 @@ def merge_and_evaluate(
         f"model.keep_format={str(options.keep_format).lower()}",
     ]
     config = inference_config(folder, adapter, data, as_trained)
-    losses = _evaluate_model("4-bit base", config, [named_adapter], data, console)
-    if not ModelFolder(folder).is_quantized:
+    trained_base = "base as published" if options.keep_format else "4-bit base"
+    losses = _evaluate_model(trained_base, config, [named_adapter], data, console)
+    if not options.keep_format and not ModelFolder(folder).is_quantized:
         # adapters of experts need a base in 4 bit
         has_experts = any(update.experts for update in named_adapter.saved.low_rank.values())
         adapters = [] if has_experts else [named_adapter]
         config = inference_config(folder, adapter, data)
         losses |= _evaluate_model("16-bit base", config, adapters, data, console, quantize=False)
     report = merge_folder(base, adapter, out, options, console)
-    config = inference_config(str(out), adapter, data)
+    # matrices without an update may have kept their published format
+    keeps = str(bool(ModelFolder(out).published)).lower()
+    config = inference_config(str(out), adapter, data, [f"model.keep_format={keeps}"])
     losses |= _evaluate_model(f"merged into {options.into}", config, [], data, console, quantize=False)
     return report, losses
 

@@ -67,11 +67,23 @@ class ModelFolder:
         self.entries = {
             name: entry for name, entry in entries.items() if not is_part_of_quantized(name, self.quantized)
         }
+        self._check_4_bit_alone()
         quantization_config = self.config.get("quantization_config")
         if quantization_config and not self.quantized:
             found = find_published_weights(self.entries, quantization_config, self._dtype())
             self.published = dict(found.weights)
             self.published_tensors = {name: self.entries.pop(name) for name in found.tensors}
+
+    def _check_4_bit_alone(self) -> None:
+        """Raise if a folder in 4 bit holds weights in 8 bit too, whose codes would be taken for values."""
+        codes = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+        mixed = [name for name, entry in self.entries.items() if entry.dtype in codes] if self.quantized else []
+        if mixed:
+            kind = str(self.entries[mixed[0]].dtype).removeprefix("torch.")
+            raise UserError(
+                f"{self.path}: {mixed[0]} is {kind} beside weights in 4 bit, which is not supported; give a copy of "
+                "the model in 16 bit"
+            )
 
     @property
     def is_quantized(self) -> bool:

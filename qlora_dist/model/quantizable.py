@@ -169,8 +169,13 @@ def common_layout(
         raise UserError(f"{folder.path}: {one.name} and {other.name} differ in shape or type; quantize the model anew")
     ((layout, matrix),) = layouts.items()
     count = len(parts) // (target.experts or 1)
+    if target.experts and len(parts) % target.experts:
+        raise UserError(
+            f"{folder.path}: {matrix.name} is one of {len(parts)} matrices, which {target.experts} experts in "
+            "config.json cannot share; get the folder anew"
+        )
     rows, columns = layout.shape
-    if (count * rows, columns) != target.shape or len(parts) != count * (target.experts or 1):
+    if (count * rows, columns) != target.shape:
         raise UserError(
             f"{folder.path}: {matrix.name} has the shape {layout.shape}, config.json asks for "
             f"{target.shape if count == 1 else f'{count} matrices of {target.shape} together'}; get the folder anew"
@@ -199,7 +204,10 @@ def _unquantized_shape_and_dtype(matrix: SourceMatrix, folder: ModelFolder) -> t
     entry = folder.entries[matrix.key]
     dtype = str(entry.dtype).removeprefix("torch.")
     if dtype not in TORCH_DTYPES:
-        raise UserError(f"{folder.path}: {matrix.key} is {dtype}, not a 16 or 32 bit float; give the original model")
+        raise UserError(
+            f"{folder.path}: {matrix.key} is {dtype}, which quantization_config in config.json does not describe; get "
+            "the config.json that was published with it, or a copy of the model in 16 bit"
+        )
     shape = entry.shape if matrix.index is None else entry.shape[1:]
     if len(shape) != 2:
         raise UserError(f"{folder.path}: {matrix.key} has {len(entry.shape)} dimensions; get the folder anew")

@@ -58,6 +58,16 @@ def test_other_tensors_of_a_folder_are_left(tmp_path):
 @pytest.mark.parametrize(
     ("config", "tensors", "message"),
     [
+        ("fp8", {}, "config.json: quantization_config is no JSON object; get the file anew"),
+        *(
+            ({"quant_method": "fp8", "weight_block_size": block}, {}, "weight_block_size is not two whole numbers")
+            for block in ("16x16", [0, 16], [16], 16)
+        ),
+        (
+            INTEGER_FORMATS["int4"]().config | {"transform_config": [1]},
+            {},
+            "config.json: quantization_config.transform_config is no JSON object; get the file anew",
+        ),
         ({"quant_method": "vptq"}, {}, "is quantized with vptq, which is not supported; give a copy of the model in"),
         ({}, {}, "is quantized with None, which is not supported; give a copy of the model in 16 bit"),
         (

@@ -15,6 +15,8 @@ import transformers
 from qlora_dist.errors import UserError
 from qlora_dist.io.safetensors_file import SafetensorsReader
 from qlora_dist.model.model_folder import ModelFolder, read_model_json
+from qlora_dist.model.quantize_folder import quantize_folder
+from qlora_dist.model.quantize_plan import QuantizeOptions
 from qlora_dist.nf4.quantize import dequantize_weight
 from tests.helpers import tiny_models
 
@@ -163,3 +165,18 @@ def test_a_tied_head_is_no_separate_tensor(tmp_path):
     folder = ModelFolder(tiny_models.make_model(tmp_path, tie_word_embeddings=True))
     assert "model.embed_tokens.weight" in folder.entries
     assert "lm_head.weight" not in folder.entries
+
+
+def test_weights_in_8_bit_beside_others_in_4_bit_are_refused(tiny_llama, tmp_path):
+    """Their codes would be taken for values."""
+    out = quantize_folder(tiny_llama, tmp_path / "nf4", QuantizeOptions()).out
+    name = "model.layers.0.mlp.up_proj.weight"
+    for path in out.glob("*.safetensors"):
+        tensors = safetensors.torch.load_file(path)
+        if name in tensors:
+            codes, scales, _ = bnb.functional.int8_vectorwise_quant(torch.randn(176, 64).half())
+            left = {key: tensor for key, tensor in tensors.items() if not key.startswith(name)}
+            mixed = left | {name: codes, name.removesuffix(".weight") + ".SCB": scales}
+            safetensors.torch.save_file(mixed, path, {"format": "pt"})
+    with pytest.raises(UserError, match=f"{name} is int8 beside weights in 4 bit, which is not supported; give a copy"):
+        ModelFolder(out)
