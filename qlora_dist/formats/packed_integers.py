@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from qlora_dist.errors import UserError
+
 WORD_BITS = 32
 
 
@@ -58,6 +60,9 @@ def apply_scales(
         scales: [rows or 1, groups], a scale for each group of columns.
         zeros: integers of the same shape as `scales`; None: they are 0.
         group_index: the group of each column, int32[columns]; None: the groups are equal ranges of columns.
+
+    Raises:
+        UserError: on a CPU, the index names a group without a scale.
     """
     values = codes.to(scales.dtype)
     if group_index is None:
@@ -66,6 +71,11 @@ def apply_scales(
             groups -= zeros.to(scales.dtype).unsqueeze(2)
         groups *= scales.unsqueeze(2)
         return values
+    if group_index.device.type == "cpu" and not bool(((group_index >= 0) & (group_index < scales.shape[1])).all()):
+        raise UserError(
+            f"a weight's g_idx names another group than its {scales.shape[1]} with scales; get the model anew",
+            local_only=True,
+        )
     if zeros is not None:
         values -= zeros.to(scales.dtype).index_select(1, group_index)
     return values.mul_(scales.index_select(1, group_index))

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from qlora_dist.errors import UserError
 from qlora_dist.formats.published_entry import PublishedWeightEntry
 from qlora_dist.io.read_ahead import ReadAhead, ReadProgress, ReadRequest, read_chunks
 from qlora_dist.io.safetensors_file import SafetensorsReader, TensorEntry
@@ -19,7 +20,7 @@ from qlora_dist.layers.dequantize import dequantize
 from qlora_dist.model.model_folder import ModelFolder
 from qlora_dist.model.quantizable import SourceMatrix
 from qlora_dist.nf4.nf4_layout import NF4Layout
-from qlora_dist.nf4.quantize import quantize_chunks
+from qlora_dist.nf4.quantize import has_finite_scales, quantize_chunks
 
 _EXCHANGED_BYTES = 2**20  # per exchange of all replicas: gloo allocates up to twenty times as much
 _ALIGNMENT = 8  # bytes of a part: a multiple of every element size
@@ -215,14 +216,23 @@ def quantize_from_reads(
     """Return uint8[layout.total_bytes] on the device: the packed weight whose `matrix_reads` are next in `ahead`.
 
     A weight that lies transposed in the file is held as a whole.
+
+    Raises:
+        UserError: a value is not finite.
     """
     published = folder.published.get(matrix.name)
     if published is not None:
-        return quantize_chunks((rows.flatten() for rows in decode_from_reads(ahead, published, device)), layout, device)
-    dtype = getattr(torch, layout.dtype)
-    flat: Iterator[torch.Tensor] = (next(ahead).view(dtype) for _ in read_chunks(layout.numel * dtype.itemsize))
-    if matrix.transposed:
+        flat: Iterator[torch.Tensor] = (rows.flatten() for rows in decode_from_reads(ahead, published, device))
+    else:
+        dtype = getattr(torch, layout.dtype)
+        flat = (next(ahead).view(dtype) for _ in read_chunks(layout.numel * dtype.itemsize))
+    if published is None and matrix.transposed:
         rows, columns = layout.shape
         weight = torch.cat([piece.clone() for piece in flat])
         flat = iter([weight.view(columns, rows).T.contiguous().view(-1)])
-    return quantize_chunks(flat, layout, device)
+    packed = quantize_chunks(flat, layout, device)
+    if not has_finite_scales(packed, layout):
+        raise UserError(
+            f"{folder.path}: {matrix.name} holds values that are not finite; get the folder anew", local_only=True
+        )
+    return packed

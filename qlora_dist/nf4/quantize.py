@@ -141,6 +141,12 @@ def dequantize_weight(packed: torch.Tensor, layout: NF4Layout, dtype: torch.dtyp
     return weight[: layout.numel].view(layout.shape).to(dtype)
 
 
+def has_finite_scales(packed: torch.Tensor, layout: NF4Layout) -> bool:
+    """Return whether all absmax values are finite, as they are if all values of the weight were."""
+    part = layout.offset if layout.double_quant else layout.absmax  # the offset is the mean of the absmax values
+    return bool(packed[part].view(torch.float32).isfinite().all())
+
+
 def dequantize_rows(packed: torch.Tensor, layout: NF4Layout, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return dtype[n, columns], some rows of the matrix that a byte vector encodes, without dequantizing the others.
 

@@ -71,3 +71,18 @@ def test_a_missing_expert_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"is one of 3 matrices, which 4 experts in config.json cannot share"):
         quantize_folder(tmp_path / "mxfp4", tmp_path / "out", QuantizeOptions())
     assert not (tmp_path / "out").exists()
+
+
+def test_values_that_cannot_be_decoded_are_refused(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "source")
+    damages = {"g_idx": lambda t: t + 100, "scales": lambda t: torch.full_like(t, float("nan"))}
+    for part, damage in damages.items():
+        published = tmp_path / f"bad-{part}"
+        publish_folder(source, published, "gptq")
+        path = published / "model.safetensors"
+        tensors = safetensors.torch.load_file(path)
+        name = f"model.layers.0.mlp.up_proj.{part}"
+        safetensors.torch.save_file(tensors | {name: damage(tensors[name])}, path, {"format": "pt"})
+        message = "g_idx names another group" if part == "g_idx" else "up_proj.weight holds values that are not finite"
+        with pytest.raises(UserError, match=message):
+            quantize_folder(published, tmp_path / f"out-{part}", QuantizeOptions(min_share=0.5))
