@@ -27,7 +27,7 @@ class FakeCheckpoint(ModelFolder):
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
-        self.path, self.config, self.entries = path, dict(config), {}
+        self.path, self.config_folder, self.config, self.entries = path, path, dict(config), {}
         self.quantized, self.published = {}, {}
         self.config.pop("quantization_config", None)
         (path / "config.json").write_text(json.dumps(self.config))
