@@ -102,7 +102,7 @@ def _collect(pipes: dict[Connection, int], world_size: int) -> list[Any]:
 def _rank(pipe: Connection, environ: dict[str, Any], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ.update({key: str(value) for key, value in environ.items()})
     gc.freeze()  # else garbage collection in each rank touches, and so copies, all objects of pytest and the imports
-    faulthandler.dump_traceback_later(0.9 * TIMEOUT_S)  # shows where a rank waits
+    faulthandler.dump_traceback_later(0.9 * TIMEOUT_S, file=sys.__stderr__)  # shows where a rank waits
     try:
         pipe.send((None, function(*args)))
     except BaseException:
