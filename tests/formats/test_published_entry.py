@@ -54,11 +54,14 @@ def test_any_range_of_bytes_is_a_part_of_the_vector(made, rows, data):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("made", FORMATS)
 @pytest.mark.parametrize("columns", [32, 96, 4096])
-def test_chunks_of_rows(monkeypatch, made, columns, threads):
+def test_chunks_of_rows(monkeypatch, request, made, columns, threads):
     """They are decoded in several pieces, and each chunk but the last ends where a block of 4 bits ends."""
     monkeypatch.setattr(published_entry, "_DECODED_PER_CHUNK", 1)
     monkeypatch.setattr(row_pieces, "_PIECE_WEIGHTS", 100)
+    before = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    # decoding sets the number that it has read; ranks that are forked from a process with more would hang
+    request.addfinalizer(lambda: torch.set_num_threads(before))
     with tempfile.TemporaryDirectory() as folder, SafetensorsReader() as reader:
         weight, expected = save_weight(folder, made, 300, columns)
         chunks = list(weight.row_chunks())
