@@ -85,5 +85,5 @@ def test_a_restart_in_place_and_a_killed_agent(tiny_llama_nf4, tmp_path):
         agent.kill()
         wait_for(lambda: not any(map(is_running, second.values())), 5)
     messages = [line for line in (tmp_path / "output.txt").read_text().splitlines() if line.startswith("qlora-dist: ")]
-    assert all("rank 1 on" in line and "went away after step" in line for line in messages)
+    assert all("rank 1 on" in line and "went away after step" in line for line in messages), messages
     assert len(messages) <= 1  # torchrun may end rank 0 before it prints the line
