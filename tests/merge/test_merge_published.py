@@ -70,6 +70,7 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(input_ids=PROMPT, use_cache=False).logits.float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", QUANTIZATION_CONFIGS)
 def test_the_merged_model_is_base_and_adapter(name: str, tmp_path: Path) -> None:
     published, dequantized = make_folders(name, tmp_path)

@@ -40,6 +40,7 @@ def check(task: str, names: Sequence[str], folder: Path) -> None:
     assert outcomes == {name: table[name] for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "names"), SELECTION)
 def test_outcomes_of_selected_types(task: str, names: tuple[str, ...], tmp_path: Path) -> None:
     check(task, names, tmp_path)

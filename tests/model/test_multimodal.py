@@ -44,6 +44,8 @@ TOWERS = {
     "qwen3_vl": ["model.visual"],
 }
 
+pytestmark = pytest.mark.slow
+
 
 def make_config_folder(folder: Path, config: transformers.PretrainedConfig) -> ModelFolder:
     """Save a configuration with a tensor that no model has."""

@@ -33,6 +33,7 @@ def publish(name: str, source: Path, out: Path) -> None:
         publish_float_folder(source, out, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "arch"),
     [
