@@ -87,11 +87,10 @@ def make_gguf_config(header: GgufHeader, path: Path) -> dict[str, Any]:
 
 
 def gguf_dtype(header: GgufHeader) -> str:
-    """Return the type of a model's values: that of its numbers, or bfloat16 if some of its tensors are blocks."""
-    types = {tensor.ggml_type for tensor in header.tensors.values() if len(tensor.shape) > 1}
-    dtypes = {GGUF_FLOATS.get(name, torch.bfloat16) for name in types}
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.bfloat16
-    return str(dtype).removeprefix("torch.")
+    """Return the type of a model's values: its tensors' type in 16 or 32 bit, or bfloat16 if some are blocks."""
+    types = {tensor.ggml_type for tensor in header.tensors.values()}
+    name = next(name for name in ("BF16", "F16", "F32") if name in types) if types <= GGUF_FLOATS.keys() else "BF16"
+    return str(GGUF_FLOATS[name]).removeprefix("torch.")
 
 
 def _check_values(values: Mapping[str, Any], keys: Mapping[str, str], path: Path, prefix: str) -> None:

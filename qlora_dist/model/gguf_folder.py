@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from qlora_dist.errors import UserError
 from qlora_dist.formats.gguf import check_ggml_type, gguf_weight
 from qlora_dist.io.gguf_file import GGUF_FLOATS, GgufHeader, find_gguf, read_split_gguf
+from qlora_dist.io.safetensors_file import SafetensorsReader, SafetensorsWriter, TensorEntry, read_safetensors_header
 from qlora_dist.model.gguf_architectures import GGUF_ARCHITECTURES, named_tensors
 from qlora_dist.model.gguf_config import find_architecture, gguf_dtype, make_gguf_config
 from qlora_dist.model.gguf_tokenizer import save_gguf_tokenizer
 from qlora_dist.model.model_folder import ModelFolder, read_model_json
 from qlora_dist.model.save_model_folder import COPIED_PATTERNS
+from qlora_dist.nf4.quantize import TORCH_DTYPES
 
 _TOKENIZER_MODELS = ("tokenizer.json", "tokenizer.model")
 
@@ -24,8 +28,9 @@ _TOKENIZER_MODELS = ("tokenizer.json", "tokenizer.model")
 class GgufFolder(ModelFolder):
     """Model whose tensors are in a GGUF file.
 
-    Matrices in blocks, and those whose rows llama.cpp has reordered, are weights in a published format. The other
-    tensors are as in a folder in 16 bit.
+    Matrices of another type than the model's, and matrices whose rows llama.cpp has reordered, are weights in a
+    published format. Norms and biases are fp32 in all files. They are rounded to the model's type, as transformers
+    does, in a file in `config_folder`.
 
     Args:
         path: the GGUF file, or the folder that holds it.
@@ -47,24 +52,36 @@ class GgufFolder(ModelFolder):
         kv_heads = metadata.get(f"{metadata['general.architecture']}.attention.head_count_kv", heads)
         dtype = gguf_dtype(self._header)
         types: set[str] = set()
+        vectors: dict[str, TensorEntry] = {}
         for name, tensor, is_interleaved in named_tensors(architecture, self._header.tensors):
             if tensor.ggml_type not in types:
                 check_ggml_type(tensor, name)
                 types.add(tensor.ggml_type)
-            is_float = tensor.ggml_type in GGUF_FLOATS
-            if is_float and not is_interleaved:
-                self.entries[name] = tensor.entry
-                continue
-            if len(tensor.shape) != 2:
+            if len(tensor.shape) == 1 and tensor.ggml_type in GGUF_FLOATS:
+                vectors[name] = tensor.entry
+            elif len(tensor.shape) != 2:
                 raise UserError(
                     f"{tensor.entry.path}: {name} is in {tensor.ggml_type} with the shape {tensor.shape}, which is no "
                     "matrix; give the model in another format"
                 )
-            count = kv_heads if ".k_proj." in name else heads
-            own_dtype = str(tensor.entry.dtype).removeprefix("torch.") if is_float else dtype
-            self.published[name] = gguf_weight(
-                tensor, own_dtype, head_rows=tensor.shape[0] // count if is_interleaved else 0
-            )
+            elif tensor.entry.dtype == TORCH_DTYPES[dtype] and not is_interleaved:
+                self.entries[name] = tensor.entry
+            else:
+                head_rows = tensor.shape[0] // (kv_heads if ".k_proj." in name else heads)
+                self.published[name] = gguf_weight(tensor, dtype, head_rows=head_rows if is_interleaved else 0)
+        self.entries |= self._round_vectors(vectors, TORCH_DTYPES[dtype])
+
+    def _round_vectors(self, vectors: Mapping[str, TensorEntry], dtype: torch.dtype) -> dict[str, TensorEntry]:
+        """Write vectors in another type, and return the entries of the file."""
+        path = self.config_folder / "rounded.safetensors"
+        writer = SafetensorsWriter(path, [(name, dtype, entry.shape) for name, entry in vectors.items()])
+        with SafetensorsReader() as reader:
+            for name, entry in vectors.items():
+                writer.write(name, reader.read(entry).to(dtype))
+        writer.close()
+        for entry in vectors.values():
+            shutil.copystat(entry.path, path)  # an interrupted run resumes if all files have the times that they had
+        return read_safetensors_header(path)
 
 
 @contextmanager
